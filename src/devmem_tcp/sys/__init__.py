@@ -1,0 +1,1 @@
+"""Raw system calls: ``calls`` is the only module that makes them."""
