@@ -1,0 +1,1 @@
+"""State machines with no fd, clock or thread: tokens and completions. Time is an argument."""
