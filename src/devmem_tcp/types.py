@@ -77,6 +77,9 @@ class TokenRange:
 class BatchOwner(Protocol):
     """What a FragBatch needs of the socket that made it."""
 
+    @property
+    def closed(self) -> bool: ...
+
     def release(self, batch: FragBatch) -> None: ...
 
 
@@ -106,10 +109,10 @@ class FragBatch:
         return self._frags
 
     def _check_live(self) -> None:
-        if self._ended:
+        if self._ended or (self._owner is not None and self._owner.closed):
             raise StaleFragError(
-                "this batch was released: its memory went back to the NIC",
-                hint="copy or gather() before release(), or leave the `with` block later",
+                "this batch was released, or its socket closed: its memory went back to the NIC",
+                hint="copy or gather() before release() and before the socket's close()",
             )
 
     @property
@@ -152,11 +155,6 @@ class FragBatch:
         owner, self._owner = self._owner, None
         if owner is not None:
             owner.release(self)
-        self._ended = True
-
-    def expire(self) -> None:
-        """Make the batch stale without returning tokens: for the owning socket, when it closes."""
-        self._owner = None
         self._ended = True
 
     def __len__(self) -> int:

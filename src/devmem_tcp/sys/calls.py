@@ -18,6 +18,8 @@ from typing import Any, Final, TypeAlias
 
 Hook: TypeAlias = Callable[[str], None]
 Socket: TypeAlias = socket.socket
+Epoll: TypeAlias = select.epoll
+MemoryMap: TypeAlias = mmap.mmap
 
 AF_INET: Final = socket.AF_INET
 AF_INET6: Final = socket.AF_INET6
@@ -35,6 +37,7 @@ TCP_CONGESTION: Final = socket.TCP_CONGESTION
 TCP_NODELAY: Final = socket.TCP_NODELAY
 POLLIN: Final = select.POLLIN
 POLLOUT: Final = select.POLLOUT
+EPOLLIN: Final = select.EPOLLIN
 MFD_HUGETLB: Final = os.MFD_HUGETLB
 MAP_PRIVATE_ANONYMOUS: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 MAP_SHARED: Final = mmap.MAP_SHARED
@@ -111,6 +114,12 @@ def connect(sock: Socket, address: tuple[Any, ...]) -> None:
     sock.connect(address)
 
 
+def set_timeout(sock: Socket, timeout_s: float | None) -> None:
+    """Set a socket's own time limit: None blocks, 0 does not. Kernel: ioctl(FIONBIO)."""
+    _enter("set_timeout")
+    sock.settimeout(timeout_s)
+
+
 def setsockopt(sock: Socket, level: int, option: int, value: int | bytes) -> None:
     _enter("setsockopt")
     sock.setsockopt(level, option, value)
@@ -169,13 +178,16 @@ def close_socket(sock: Socket) -> None:
 # --- waiting -------------------------------------------------------------------------------------------------------
 
 
-def wait_fd(fd: int, events: int, timeout_s: float | None) -> int:
-    """Wait until an fd is ready and return its events; 0 when the time ran out. Kernel: poll(2)."""
+def wait_fds(wanted: Sequence[tuple[int, int]], timeout_s: float | None) -> dict[int, int]:
+    """Wait until one of the (fd, events) is ready; return events by fd, empty when the time ran out. Kernel: poll(2).
+
+    Errors and hang-ups are always reported, also where ``events`` is 0.
+    """
     _enter("poll")
     poller = select.poll()
-    poller.register(fd, events)
-    ready = poller.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000.0)
-    return ready[0][1] if ready else 0
+    for fd, events in wanted:
+        poller.register(fd, events)
+    return dict(poller.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000.0))
 
 
 def epoll_create() -> select.epoll:
@@ -235,6 +247,11 @@ def map_memory(fd: int, size_bytes: int, flags: int) -> mmap.mmap:
     """Map memory for reading and writing; fd -1 with MAP_PRIVATE_ANONYMOUS for memory of no file. Kernel: mmap(2)."""
     _enter("mmap")
     return mmap.mmap(fd, size_bytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def unmap(mapping: mmap.mmap) -> None:
+    """Unmap memory; BufferError while anything views it, and it stays mapped. Never made to fail otherwise."""
+    mapping.close()
 
 
 def advise(mapping: mmap.mmap, advice: int) -> None:
