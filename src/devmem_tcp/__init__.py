@@ -1,1 +1,70 @@
+"""Device Memory TCP for Python: TCP payload received straight into device memory, and sent from it."""
+
+from devmem_tcp import errors, memory
+from devmem_tcp.contract import (
+    Allocator,
+    Buffer,
+    CpuAccess,
+    DevmemSocket,
+    Listener,
+    Nic,
+    NtupleRule,
+    RxBinding,
+    Setting,
+    TxBinding,
+)
+from devmem_tcp.doors import Backend, open_nic
+from devmem_tcp.errors import DevmemError
+from devmem_tcp.gather import gather
+from devmem_tcp.software.options import SoftwareOptions
+from devmem_tcp.types import (
+    Capabilities,
+    CompletionRange,
+    DmabufFrag,
+    Family,
+    FlowRule,
+    FragBatch,
+    FragKind,
+    HeaderSplitMode,
+    HostFrag,
+    LinearFrag,
+    NicStats,
+    QueueStats,
+    SocketStats,
+    TokenHolder,
+)
+
 __version__ = "0.1.0"
+__all__ = [
+    "Allocator",
+    "Backend",
+    "Buffer",
+    "Capabilities",
+    "CompletionRange",
+    "CpuAccess",
+    "DevmemError",
+    "DevmemSocket",
+    "DmabufFrag",
+    "Family",
+    "FlowRule",
+    "FragBatch",
+    "FragKind",
+    "HeaderSplitMode",
+    "HostFrag",
+    "LinearFrag",
+    "Listener",
+    "Nic",
+    "NicStats",
+    "NtupleRule",
+    "QueueStats",
+    "RxBinding",
+    "Setting",
+    "SocketStats",
+    "SoftwareOptions",
+    "TokenHolder",
+    "TxBinding",
+    "errors",
+    "gather",
+    "memory",
+    "open_nic",
+]

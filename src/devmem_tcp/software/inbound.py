@@ -1,0 +1,329 @@
+"""The receive side of one socket: from TCP into pages, from pages to frags and tokens. Never waits.
+
+Where Linux has packets in a receive queue, this has at most one *rest*: what a read brought beyond the bytes asked for,
+up to the end of its page. It is handed out first, with a token of its own, as Linux does for a page read in pieces.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from typing import Final
+
+import numpy as np
+
+from devmem_tcp.contract import DEFAULT_MAX_BYTES
+from devmem_tcp.errors import KernelError, NotZeroCopy
+from devmem_tcp.sansio.tokens import Returned, TokenLedger
+from devmem_tcp.software.addresses import SteeredFlow
+from devmem_tcp.software.binding import SoftwareRxBinding
+from devmem_tcp.software.landing import Piece, Planner, give_back
+from devmem_tcp.sys import calls
+from devmem_tcp.types import FRAG_DTYPE, BatchOwner, FragArray, FragBatch, FragKind
+
+_MAX_SPARE_INLINE: Final = 4
+_NO_INLINE: Final = memoryview(b"")
+
+
+class Starved(Exception):
+    """There is data, and no free page on its queue."""
+
+    def __init__(self, binding: SoftwareRxBinding, queue: int) -> None:
+        super().__init__(binding, queue)
+        self.binding = binding
+        self.queue = queue
+
+
+class InlinePool:
+    """Host memory for LINEAR and HOST bytes, taken by a read and reused once its batch is released."""
+
+    def __init__(self) -> None:
+        self._spare: list[bytearray] = []
+
+    def take(self, size: int) -> memoryview:
+        """Return ``size`` writable bytes."""
+        if size <= DEFAULT_MAX_BYTES and self._spare:
+            return memoryview(self._spare.pop())[:size]
+        return memoryview(bytearray(max(size, DEFAULT_MAX_BYTES)))[:size]
+
+    def put(self, window: memoryview) -> None:
+        """Take memory back."""
+        whole = window.obj
+        if isinstance(whole, bytearray) and len(whole) == DEFAULT_MAX_BYTES and len(self._spare) < _MAX_SPARE_INLINE:
+            self._spare.append(whole)
+
+
+class Inbound:
+    """What one socket has received and not given back. One reading thread at a time."""
+
+    def __init__(
+        self,
+        sock: calls.Socket,
+        flow: SteeredFlow,
+        bindings: dict[int, SoftwareRxBinding],
+        planner: Planner,
+        inline: InlinePool,
+        *,
+        strict: bool,
+    ) -> None:
+        self._sock = sock
+        self._flow = flow
+        self._by_queue = bindings
+        self._by_id: dict[int, SoftwareRxBinding] = {}
+        self._planner = planner
+        self._inline = inline
+        self._strict = strict
+        self._rest: tuple[SoftwareRxBinding, Piece] | None = None
+        self.ledger = TokenLedger()
+        self.drained_tcp = True  # the last read took all there was: the next one would better wait first
+        self.bytes_by_queue: dict[int, int] = {}
+        self.dmabuf_bytes = self.linear_bytes = self.host_bytes = self.frags = 0
+
+    @property
+    def has_rest(self) -> bool:
+        return self._rest is not None
+
+    def receive(self, max_bytes: int, max_frags: int, owner: BatchOwner) -> FragBatch:
+        """Receive what is there, at most ``max_bytes``; an empty batch is the end of stream.
+
+        Raises:
+            BlockingIOError: nothing is there.
+            Starved: there is data and no page for it.
+            NotZeroCopy: ordinary data on a strict socket.
+        """
+        if self._rest is not None:
+            return self._receive_rest(max_bytes, owner)
+        self.drained_tcp = True
+        queue = self._flow.queue
+        binding = self._by_queue.get(queue)
+        if binding is None:
+            return self._receive_host(max_bytes, owner)
+        plan = self._planner.plan(binding, queue, max_bytes, max_frags)
+        if not plan:
+            return self._when_starved(binding, queue, owner)
+        if plan[0].kind is FragKind.HOST:
+            return self._receive_host(plan[0].size, owner)
+        return self._receive_planned(binding, plan, max_bytes, owner)
+
+    def _receive_planned(
+        self, binding: SoftwareRxBinding, plan: list[Piece], max_bytes: int, owner: BatchOwner
+    ) -> FragBatch:
+        linear = plan[0].size if plan[0].kind is FragKind.LINEAR else 0
+        inline = self._inline.take(linear) if linear else _NO_INLINE
+        capacity = linear
+        windows = [inline] if linear else []
+        for piece in plan[1:] if linear else plan:
+            windows.append(binding.window(piece.offset, piece.size))
+            capacity += piece.size
+        taken = 0
+        try:
+            if len(windows) == 1:
+                taken = calls.recv_into(self._sock, windows[0], calls.MSG_DONTWAIT)
+            else:
+                taken = calls.recvmsg_into(self._sock, windows, calls.MSG_DONTWAIT)
+        finally:
+            if taken < capacity:
+                plan = _shrink(binding, plan, taken)
+        self._count(taken)
+        self.drained_tcp = taken < capacity
+        if taken > max_bytes:
+            plan = self._keep_rest(binding, plan, taken - max_bytes)
+            taken = max_bytes
+        return self._issue(binding, plan, taken, inline, owner)
+
+    def _keep_rest(self, binding: SoftwareRxBinding, plan: list[Piece], excess: int) -> list[Piece]:
+        """Keep the last ``excess`` bytes, which lie within one page, for the next read."""
+        piece = plan[-1]
+        end = piece.offset + piece.size
+        page = (end - 1) // binding.page_size
+        kept = Piece(FragKind.DMABUF, end - excess, excess, page, 1)
+        size = piece.size - excess
+        pages = -(-size // binding.page_size)
+        if pages == piece.page_count:
+            binding.share(page)
+        self._rest = (binding, kept)
+        shorter = piece._replace(size=size, page_count=pages)
+        return [*plan[:-1], shorter] if size else plan[:-1]
+
+    def _receive_rest(self, max_bytes: int, owner: BatchOwner) -> FragBatch:
+        assert self._rest is not None
+        binding, piece = self._rest
+        self._rest = None
+        if piece.size > max_bytes:
+            binding.share(piece.first_page)
+            self._rest = (binding, piece._replace(offset=piece.offset + max_bytes, size=piece.size - max_bytes))
+            piece = piece._replace(size=max_bytes)
+        return self._issue(binding, [piece], piece.size, _NO_INLINE, owner)
+
+    def _issue(
+        self, binding: SoftwareRxBinding, landed: list[Piece], nbytes: int, inline: memoryview, owner: BatchOwner
+    ) -> FragBatch:
+        """Make frags of what landed, with tokens."""
+        self._by_id[binding.dmabuf_id] = binding
+        linear = landed[0].size if landed and landed[0].kind is FragKind.LINEAR else 0
+        frags = self._issue_tokens(binding, landed[1:] if linear else landed)
+        if linear:
+            head = np.zeros(1, FRAG_DTYPE)
+            head["size"], head["kind"] = linear, FragKind.LINEAR
+            frags = np.concatenate((head, frags))
+        self.linear_bytes += linear
+        self.dmabuf_bytes += nbytes - linear
+        self.frags += len(frags)
+        return FragBatch(frags, nbytes, inline[:linear], owner)
+
+    def _issue_tokens(self, binding: SoftwareRxBinding, landed: list[Piece]) -> FragArray:
+        dmabuf_id, now = binding.dmabuf_id, time.monotonic()
+        if len(landed) == 1 and landed[0].size <= binding.frag_size:
+            _, offset, size, first_page, page_count = landed[0]
+            token = self.ledger.issue_one(first_page, page_count, dmabuf_id, size, now)
+            frags: FragArray = np.empty(1, FRAG_DTYPE)
+            frags[0] = (offset, size, token, dmabuf_id, FragKind.DMABUF.value)
+            return frags
+        offsets, sizes, firsts, counts = _cut(landed, binding.frag_size, binding.page_size)
+        frags = np.empty(len(offsets), FRAG_DTYPE)
+        frags["offset"] = offsets
+        frags["size"] = sizes
+        frags["token"] = self.ledger.issue(firsts, counts, dmabuf_id, sizes, now)
+        frags["dmabuf_id"] = dmabuf_id
+        frags["kind"] = FragKind.DMABUF
+        return frags
+
+    def _receive_host(self, max_bytes: int, owner: BatchOwner) -> FragBatch:
+        window = self._inline.take(max_bytes)
+        taken = 0
+        try:
+            taken = calls.recv_into(self._sock, window, calls.MSG_DONTWAIT)
+        finally:
+            if not taken:
+                self._inline.put(window)
+        self._count(taken)
+        self.drained_tcp = taken < max_bytes
+        self.host_bytes += taken
+        if not taken:
+            return FragBatch(np.empty(0, FRAG_DTYPE), 0, _NO_INLINE, None)
+        if self._strict:
+            raise NotZeroCopy(
+                f"{taken} bytes arrived in host memory on a strict socket (RX queue {self._flow.queue})",
+                linear_bytes=self.linear_bytes,
+                host_bytes=self.host_bytes,
+                data=bytes(window[:taken]),
+                hint="steer the flow to a bound queue before it connects: nic.add_ntuple(dst_port=…, queue=…)",
+            )
+        self.frags += 1
+        frags: FragArray = np.zeros(1, FRAG_DTYPE)
+        frags["size"] = taken
+        return FragBatch(frags, taken, window[:taken], owner)
+
+    def _when_starved(self, binding: SoftwareRxBinding, queue: int, owner: BatchOwner) -> FragBatch:
+        """No page is free: find out whether there is data at all."""
+        if calls.recv_into(self._sock, bytearray(1), calls.MSG_DONTWAIT | calls.MSG_PEEK):
+            raise Starved(binding, queue)
+        return FragBatch(np.empty(0, FRAG_DTYPE), 0, _NO_INLINE, None)
+
+    def receive_ordinary(self, target: memoryview) -> int:
+        """Receive without the devmem flag.
+
+        Raises:
+            KernelError: EFAULT: the next data is, or would be, in device memory; nothing is consumed.
+            BlockingIOError: nothing is there.
+        """
+        if self._rest is None and self._flow.queue not in self._by_queue:
+            taken = calls.recv_into(self._sock, target, calls.MSG_DONTWAIT)
+            self._count(taken)
+            self.host_bytes += taken
+            return taken
+        if self._rest is None and not calls.recv_into(self._sock, bytearray(1), calls.MSG_DONTWAIT | calls.MSG_PEEK):
+            return 0
+        raise KernelError(errno.EFAULT, "recvmsg", hint="the next data is in device memory: take it with recv_frags()")
+
+    def discard(self, max_bytes: int) -> int:
+        """Drop what is there, at most ``max_bytes``."""
+        if self._rest is not None:
+            binding, piece = self._rest
+            dropped = min(piece.size, max_bytes)
+            if dropped == piece.size:
+                self._rest = None
+                give_back(binding, piece)
+            else:
+                left = piece._replace(offset=piece.offset + dropped, size=piece.size - dropped)
+                self._rest = (binding, left)
+            return dropped
+        window = self._inline.take(min(max_bytes, DEFAULT_MAX_BYTES))
+        try:
+            dropped = calls.recv_into(self._sock, window, calls.MSG_DONTWAIT | calls.MSG_TRUNC)
+        finally:
+            self._inline.put(window)
+        self._count(dropped)
+        return dropped
+
+    def _count(self, taken: int) -> None:
+        queue = self._flow.queue
+        self.bytes_by_queue[queue] = self.bytes_by_queue.get(queue, 0) + taken
+
+    def give_back_pages(self, returned: Returned) -> int:
+        """Give the pages of returned tokens back to their bindings; answers how many tokens there were."""
+        firsts, counts, dmabuf_ids = returned
+        if len(firsts):
+            for dmabuf_id in [int(dmabuf_ids[0])] if (dmabuf_ids == dmabuf_ids[0]).all() else set(dmabuf_ids.tolist()):
+                mine = dmabuf_ids == dmabuf_id
+                self._by_id[dmabuf_id].give_back_many(firsts[mine], counts[mine])
+        return len(firsts)
+
+    def give_back_one(self, token: int) -> int:
+        """Return one token; answers how many were out: 1 or 0."""
+        taken = self.ledger.take_one(token)
+        if taken is None:
+            return 0
+        first_page, page_count, dmabuf_id = taken
+        self._by_id[dmabuf_id].give_back(first_page, page_count)
+        return 1
+
+    def recycle(self, batch: FragBatch) -> None:
+        """Reuse the host memory of a batch that is being released."""
+        self._inline.put(batch.inline)
+
+    def close(self) -> None:
+        """Give back everything."""
+        self.give_back_pages(self.ledger.take_all())
+        if self._rest is not None:
+            binding, piece = self._rest
+            self._rest = None
+            give_back(binding, piece)
+
+
+def _shrink(binding: SoftwareRxBinding, plan: list[Piece], taken: int) -> list[Piece]:
+    """Give back what of a plan nothing landed in, and return the rest of it."""
+    landed: list[Piece] = []
+    for piece in plan:
+        if taken >= piece.size:
+            landed.append(piece)
+        elif not taken:
+            give_back(binding, piece)
+        elif piece.kind is FragKind.LINEAR:
+            landed.append(piece._replace(size=taken))
+        else:
+            pages = -(-(piece.offset % binding.page_size + taken) // binding.page_size)
+            if pages < piece.page_count:
+                binding.give_back(piece.first_page + pages, piece.page_count - pages)
+            landed.append(piece._replace(size=taken, page_count=pages))
+        taken -= min(taken, piece.size)
+    return landed
+
+
+def _cut(landed: list[Piece], frag_size: int, page_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Cut pieces into frags of at most ``frag_size`` bytes: columns of offsets, sizes, first pages and page counts."""
+    table = np.array([piece[1:] for piece in landed], np.int64).reshape(-1, 4)
+    offsets, sizes, firsts, counts = table.T
+    if (sizes <= frag_size).all():
+        return offsets, sizes, firsts, counts
+    pages_each = frag_size // page_size
+    shares = -(-sizes // frag_size)  # frags of each piece; pieces longer than one frag begin at a page
+    ends = np.cumsum(shares)
+    index = np.arange(int(ends[-1])) - np.repeat(ends - shares, shares)
+    done = index * frag_size
+    return (
+        np.repeat(offsets, shares) + done,
+        np.minimum(np.repeat(sizes, shares) - done, frag_size),
+        np.repeat(firsts, shares) + index * pages_each,
+        np.minimum(np.repeat(counts, shares) - index * pages_each, pages_each),
+    )
