@@ -120,7 +120,10 @@ class ControlTruncated(KernelError):
 
 
 class NotZeroCopy(DevmemError):
-    """A ``strict`` socket received bytes in host memory. The bytes are in ``data``: nothing is lost."""
+    """A ``strict`` socket received ordinary bytes, in host memory. They are in ``data``: nothing is lost.
+
+    ``linear_bytes`` and ``host_bytes`` count those of this one receive.
+    """
 
     def __init__(self, message: str, *, linear_bytes: int, host_bytes: int, data: bytes, hint: str = "") -> None:
         super().__init__(message, hint=hint)

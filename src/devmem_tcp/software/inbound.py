@@ -204,8 +204,8 @@ class Inbound:
         if self._strict:
             raise NotZeroCopy(
                 f"{taken} bytes arrived in host memory on a strict socket (RX queue {self._flow.queue})",
-                linear_bytes=self.linear_bytes,
-                host_bytes=self.host_bytes,
+                linear_bytes=0,
+                host_bytes=taken,
                 data=bytes(window[:taken]),
                 hint="steer the flow to a bound queue before it connects: nic.add_ntuple(dst_port=…, queue=…)",
             )

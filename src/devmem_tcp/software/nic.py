@@ -440,7 +440,8 @@ def check_rx_page_size(buffer: Buffer, rx_page_size: int) -> None:
         hint = f"at least {PAGE_SIZE}, not {rx_page_size}"
         raise BindError(errno.ERANGE, "bind-rx", attr="rx-page-size", hint=hint)
     if rx_page_size & (rx_page_size - 1):
-        raise BindError(errno.EINVAL, "bind-rx", extack="rx-page-size must be a power of 2", attr="rx-page-size")
+        extack, hint = "rx-page-size must be a power of 2", f"{PAGE_SIZE}, {2 * PAGE_SIZE}, …, not {rx_page_size}"
+        raise BindError(errno.EINVAL, "bind-rx", extack=extack, attr="rx-page-size", hint=hint)
     if buffer.size_bytes % rx_page_size:
         extack = f"dmabuf sg entry of {buffer.size_bytes} bytes not aligned to niov size {rx_page_size}"
         raise BindError(errno.EINVAL, "bind-rx", extack=extack, hint="allocate a multiple of rx_page_size")

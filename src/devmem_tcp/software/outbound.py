@@ -109,8 +109,8 @@ class Outbound:
 
     @property
     def has_completions(self) -> bool:
-        """Whether ``read_completions`` would return any."""
-        return self._completions.count > 0
+        """Whether it is worth to call ``read_completions``: a hostile NIC may have none to show even so."""
+        return self.incomplete > 0
 
     @property
     def incomplete(self) -> int:

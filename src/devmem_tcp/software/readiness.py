@@ -33,6 +33,7 @@ class Readiness:
         self._muted = False  # the TCP socket is out of the epoll
         self._wake_fd = -1  # written when pages were freed, for a blocked reader
         self._waiting_on: SoftwareRxBinding | None = None
+        self._shortage: Starved | None = None  # the last one, of a reader that did not wait
 
     def fileno(self, *, pending: bool) -> int:
         """Return the fd to watch; ``pending``: something is here already."""
@@ -50,6 +51,8 @@ class Readiness:
                 calls.close_fd(here_fd)
                 raise
             self._epoll, self._here_fd, self._here = epoll, here_fd, False
+            if self._shortage is not None:
+                self.starved(self._shortage)
         self.update(pending=pending)
         return self._epoll.fileno()
 
@@ -59,13 +62,13 @@ class Readiness:
             (calls.eventfd_write if pending else calls.eventfd_clear)(self._here_fd)
             self._here = pending
 
-    def mute_until_freed(self, binding: SoftwareRxBinding, queue: int) -> None:
-        """Report the TCP socket's data no more until pages are freed."""
-        if self._epoll is None:
-            return
-        self._mute(True)
-        if not self._subscribe(binding, queue):
-            self._mute(False)
+    def starved(self, shortage: Starved) -> None:
+        """Report the TCP socket's data no more until pages are freed, also on an fd that is asked for later."""
+        self._shortage = shortage
+        if self._epoll is not None:
+            self._mute(True)
+            if not self._subscribe(shortage.binding, shortage.queue):
+                self._mute(False)
 
     def wait_freed(self, binding: SoftwareRxBinding, queue: int, timeout_s: float | None) -> bool:
         """Wait until pages of a queue are freed; False when the time ran out."""
@@ -127,7 +130,7 @@ class Starvation:
 
     def mute(self) -> None:
         """Keep the socket's fd from being ready until pages are freed."""
-        self._readiness.mute_until_freed(self._shortage.binding, self._shortage.queue)
+        self._readiness.starved(self._shortage)
 
     def wait(self, deadline: float | None) -> None:
         """Wait until pages are freed.
@@ -138,6 +141,7 @@ class Starvation:
         while True:
             now = time.monotonic()
             if deadline is not None and now >= deadline:
+                self.mute()
                 raise Timeout(self.report(), hint="release() batches sooner, or bind a larger buffer")
             if self._report_at is not None and now >= self._report_at:
                 self._report_at = None
