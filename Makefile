@@ -1,0 +1,35 @@
+# Every target sets up what it needs: on a fresh Debian with python3, make and git, one command is enough.
+# ARGS= goes to the command itself: make demo ARGS="--file x.iso", make test ARGS="-k tokens".
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+MAKEFLAGS += --no-print-directory
+
+help:
+	@echo "make demo    move a file into registered memory over TCP, verify it, and explain what happened"
+	@echo "make test    every check: style, formatting, types, layering, tests"
+	@echo "make lint    the same without the tests"
+	@echo "make bench   measure the software backend on loopback against plain C and plain Python (bench/README.md)"
+	@echo "make clean   remove what the others made: .venv, caches, build outputs"
+	@echo 'ARGS="..." goes to the command: make demo ARGS="--file some.iso", make test ARGS="-k tokens"'
+
+demo:
+	@tools/setup.sh core
+	@.venv/bin/devmem-tcp demo $(ARGS)
+
+test:
+	@tools/setup.sh dev
+	@tools/check.sh all $(ARGS)
+
+lint:
+	@tools/setup.sh dev
+	@tools/check.sh lint
+
+bench:
+	@tools/setup.sh dev
+	@.venv/bin/python bench/throughput.py $(ARGS)
+	@.venv/bin/python bench/connections.py
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist bench/build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
