@@ -24,6 +24,7 @@ from devmem_tcp.types import (
     Address,
     Capabilities,
     CompletionRange,
+    Family,
     FlowRule,
     FragBatch,
     HeaderSplitMode,
@@ -233,7 +234,7 @@ class RxBinding(Closing):
     @property
     @abstractmethod
     def drained(self) -> bool:
-        """Whether no token of this binding is out: with ``closed``, the Buffer may be bound again."""
+        """Whether no page of it is in use, by a token or by bytes not read: with ``closed``, the Buffer is free."""
 
     @abstractmethod
     def holders(self) -> tuple[TokenHolder, ...]:
@@ -272,7 +273,8 @@ class DevmemSocket(Closing):
         Kernel: one recvmsg(MSG_SOCK_DEVMEM) with control space for ``max_frags`` frags. Returns short where ordinary
         and devmem data meet, and when control space is used up (msg_flags 0, no MSG_CTRUNC).
 
-        Limits: with no free page on the queue it waits (the NIC drops, the peer retransmits) until tokens come back.
+        Limits: with no free page on the queue it waits (the NIC drops, the peer retransmits) until tokens come back;
+        after a second of that a StarvationWarning says who holds how many tokens and for how long.
 
         Raises:
             ValueError: ``max_bytes`` is not positive (the kernel would hand out tokens for nothing).
@@ -428,7 +430,8 @@ class Listener(Closing):
 class Nic(Closing):
     """One network interface: its settings, bindings and sockets. Made by ``open_nic``.
 
-    Lifetime: ``close()`` closes its sockets, listeners and bindings, then puts back every setting in reverse order.
+    Lifetime: knows its sockets but does not keep them: one that is dropped without ``close()`` warns and closes.
+    ``close()`` closes its sockets, listeners and bindings, then puts back every setting in reverse order.
     """
 
     @property
@@ -486,12 +489,15 @@ class Nic(Closing):
         dst_ip: str | None = None,
         src_port: int | None = None,
         dst_port: int | None = None,
+        family: Family | str | None = None,
         location: int | None = None,
     ) -> NtupleRule:
         """Steer matching TCP flows to a queue: a FlowRule, or its fields. Kernel: ETHTOOL_SRXCLSRLINS (ethtool -N).
 
+        Without a family or an address it is two rules, one for each IP version, at two locations.
+
         Raises:
-            ValueError: no queue, nothing to match on, a malformed address.
+            ValueError: no queue, nothing to match on, a malformed address, a location for two rules.
             NicSettingError: EINVAL: no such queue; ENOSPC: table full.
         """
 
@@ -503,6 +509,8 @@ class Nic(Closing):
     @abstractmethod
     def bind_rx(self, buffer: Buffer, queues: Sequence[int], *, rx_page_size: int = PAGE_SIZE) -> RxBinding:
         """Attach a Buffer to RX queues: payload of flows steered there lands in it. All queues, or none.
+
+        A queue named twice counts once.
 
         Kernel: netdev bind-rx; needs CAP_NET_ADMIN.
 

@@ -255,7 +255,7 @@ class SocketStats:
     tokens_out: int
     sent_dmabuf_bytes: int
     sent_host_bytes: int
-    send_calls: int
+    send_calls: int  # of send_frags
     sends_incomplete: int
     congestion_control: str
 

@@ -9,7 +9,6 @@ import pytest
 
 import devmem_tcp as dmt
 from devmem_tcp.testing.contract import ContractTest, Rig, contract_tests
-from devmem_tcp.testing.leaks import leak_check
 from devmem_tcp.types import PAGE_SIZE, Capabilities
 
 
@@ -53,7 +52,7 @@ def instantiated() -> list[object]:
 
 @pytest.mark.parametrize(("instance", "test"), instantiated())
 def test_contract(instance: Instance, test: ContractTest) -> None:
-    with leak_check(), instance.rig() as rig:
+    with instance.rig() as rig:
         test.run(rig)
 
 

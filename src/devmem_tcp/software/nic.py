@@ -36,6 +36,7 @@ from devmem_tcp.types import (
     PAGE_SIZE,
     Address,
     Capabilities,
+    Family,
     FlowRule,
     HeaderSplitMode,
     NicStats,
@@ -165,14 +166,17 @@ class SoftwareNic(contract.Nic):
         dst_ip: str | None = None,
         src_port: int | None = None,
         dst_port: int | None = None,
+        family: Family | str | None = None,
         location: int | None = None,
     ) -> contract.NtupleRule:
         self._check_open()
-        fields = (queue, src_ip, dst_ip, src_port, dst_port, location)
+        fields = (queue, src_ip, dst_ip, src_port, dst_port, family, location)
         if rule is None:
             if queue is None:
                 raise ValueError("an ntuple rule needs queue=, where matching flows go")
-            rule = FlowRule(queue, None, src_ip, dst_ip, src_port, dst_port, location=location)
+            rule = FlowRule(
+                queue, Family(family) if family else None, src_ip, dst_ip, src_port, dst_port, location=location
+            )
         elif any(field is not None for field in fields):
             raise ValueError("give add_ntuple a FlowRule or its fields, not both")
         with self._lock:
@@ -201,36 +205,43 @@ class SoftwareNic(contract.Nic):
 
     def bind_rx(self, buffer: Buffer, queues: Sequence[int], *, rx_page_size: int = PAGE_SIZE) -> SoftwareRxBinding:
         self._check_open()
-        check_rx_page_size(buffer, rx_page_size)
         if not queues:
             raise BindError(errno.EINVAL, "bind-rx", attr="queues", hint="name at least one RX queue")
+        check_rx_page_size(rx_page_size)
+        queues = self._wanted_queues(queues)
+        check_segments(buffer, rx_page_size)
         with self._lock:
-            dmabuf_id = next_dmabuf_id()
-            self._check_queues(queues)
+            dmabuf_id = next_dmabuf_id()  # from here on a refusal burns an id
+            for queue in queues:
+                self._check_bindable(queue)
             pages = buffer.size_bytes // rx_page_size
             if self._options.hostile_seed is not None:
                 pages = min(pages, _HOSTILE_PAGES_A_QUEUE * len(queues))
             if pages < len(queues):
                 hint = f"{len(queues)} queues need at least {len(queues) * rx_page_size} bytes"
                 raise BindError(errno.ENOMEM, "bind-rx", hint=hint)
-            pool = PagePool(pages * rx_page_size, tuple(queues), page_size=rx_page_size)
+            pool = PagePool(pages * rx_page_size, queues, page_size=rx_page_size)
             binding = SoftwareRxBinding(
-                dmabuf_id, buffer, pool, tuple(queues), self._options.frag_size, self._unbound_rx, self._find_holders
+                dmabuf_id, buffer, pool, queues, self._options.frag_size, self._unbound_rx, self._find_holders
             )
             self._rx_by_queue.update(dict.fromkeys(queues, binding))
             return binding
 
-    def _check_queues(self, queues: Sequence[int]) -> None:
-        """Refuse the whole request if any queue cannot be bound. Kernel: net/core/netdev_rx_queue.c."""
-        for index, queue in enumerate(queues):
+    def _wanted_queues(self, queues: Sequence[int]) -> tuple[int, ...]:
+        """Return the queues in order, each once. Kernel: net/core/netdev-genl.c, netdev_nl_read_rxq_bitmap."""
+        for queue in queues:
             if not 0 <= queue < self._options.rx_queues:
                 hint = f"{self._name} has RX queues 0 to {self._options.rx_queues - 1}, got {queue}"
                 raise BindError(errno.EINVAL, "bind-rx", attr="queue-id", hint=hint)
-            self._header_split.check_bind()
-            if queue in self._rx_by_queue or queue in queues[:index]:
-                extack = "designated queue already memory provider bound"
-                hint = f"RX queue {queue} has a binding: close it, or take another queue"
-                raise BindError(errno.EEXIST, "bind-rx", extack=extack, hint=hint)
+        return tuple(sorted(set(queues)))
+
+    def _check_bindable(self, queue: int) -> None:
+        """Refuse a queue that cannot be bound. Kernel: net/core/netdev_rx_queue.c, __netif_mp_open_rxq."""
+        self._header_split.check_bind()
+        if queue in self._rx_by_queue:
+            extack = "designated queue already memory provider bound"
+            hint = f"RX queue {queue} has a binding: close it, or take another queue"
+            raise BindError(errno.EEXIST, "bind-rx", extack=extack, hint=hint)
 
     def _unbound_rx(self, binding: SoftwareRxBinding) -> None:
         with self._lock:
@@ -434,7 +445,7 @@ class SoftwareListener(contract.Listener):
             self.close()
 
 
-def check_rx_page_size(buffer: Buffer, rx_page_size: int) -> None:
+def check_rx_page_size(rx_page_size: int) -> None:
     """Refuse page sizes that bind-rx refuses. Kernel: net/core/netdev-genl.c, netdev_nl_bind_rx_doit."""
     if rx_page_size < PAGE_SIZE:
         hint = f"at least {PAGE_SIZE}, not {rx_page_size}"
@@ -442,6 +453,10 @@ def check_rx_page_size(buffer: Buffer, rx_page_size: int) -> None:
     if rx_page_size & (rx_page_size - 1):
         extack, hint = "rx-page-size must be a power of 2", f"{PAGE_SIZE}, {2 * PAGE_SIZE}, …, not {rx_page_size}"
         raise BindError(errno.EINVAL, "bind-rx", extack=extack, attr="rx-page-size", hint=hint)
+
+
+def check_segments(buffer: Buffer, rx_page_size: int) -> None:
+    """Refuse a Buffer that is no whole number of pages. Kernel: net/core/devmem.c, net_devmem_bind_dmabuf."""
     if buffer.size_bytes % rx_page_size:
         extack = f"dmabuf sg entry of {buffer.size_bytes} bytes not aligned to niov size {rx_page_size}"
         raise BindError(errno.EINVAL, "bind-rx", extack=extack, hint="allocate a multiple of rx_page_size")

@@ -112,7 +112,7 @@ def test_bound_queue_rolls_back_the_whole_request(rig: Rig) -> None:
 
 
 def test_queue_named_twice_is_one_queue_or_none(rig: Rig) -> None:
-    """From 6.18 on the kernel collects queues in a bitmap, before that the second mention is an error; never both."""
+    """Recent kernels collect queues in a bitmap, older ones refuse the second mention; nothing else will do."""
     buffer = rig.allocate()
     try:
         rx = rig.nic.bind_rx(buffer, [rig.queue, rig.queue])
