@@ -459,7 +459,8 @@ class Nic(Closing):
         """Split only packets larger than ``size_bytes``; devmem needs 0. Kernel: RINGS_SET, HDS_THRESH.
 
         Raises:
-            NicSettingError: EINVAL: above 0 while a queue is bound; ERANGE: over the device's limit.
+            NicSettingError: EINVAL: above 0 while a queue is bound, or over the device's limit.
+            ValueError: negative.
         """
 
     @abstractmethod

@@ -70,7 +70,8 @@ class HeaderSplit:
         Kernel: ETHTOOL_MSG_RINGS_SET; net/ethtool/rings.c, ethnl_set_rings, which looks at bindings first.
 
         Raises:
-            NicSettingError: EINVAL: not 0 while a queue is bound; ERANGE: negative, or above ``hds_thresh_max``.
+            NicSettingError: EINVAL: not 0 while a queue is bound, or above ``hds_thresh_max``.
+            ValueError: negative.
         """
         if bound and size_bytes != 0:
             raise NicSettingError(
@@ -79,10 +80,11 @@ class HeaderSplit:
                 extack="can't set non-zero hds_thresh while device is memory provider enabled",
                 hint=_UNBIND_HINT,
             )
-        if not 0 <= size_bytes <= self.hds_thresh_max:
-            raise NicSettingError(
-                errno.ERANGE, _CALL, hint=f"hds-thresh is 0 to {self.hds_thresh_max} bytes, got {size_bytes}"
-            )
+        hint = f"hds-thresh is 0 to {self.hds_thresh_max} bytes, got {size_bytes}"
+        if size_bytes > self.hds_thresh_max:
+            raise NicSettingError(errno.EINVAL, _CALL, extack="requested ring size exceeds maximum", hint=hint)
+        if size_bytes < 0:
+            raise ValueError(hint)
         self._hds_thresh = size_bytes
 
     def check_bind(self) -> None:

@@ -18,7 +18,7 @@ from devmem_tcp.software.binding import SoftwareRxBinding
 from devmem_tcp.software.inbound import Starved
 from devmem_tcp.sys import calls
 
-_REPORT_AFTER_S: Final = 1.0
+REPORT_AFTER_S: Final = 1.0
 
 
 class Readiness:
@@ -126,7 +126,7 @@ class Starvation:
     def __init__(self, readiness: Readiness, shortage: Starved) -> None:
         self._readiness = readiness
         self._shortage = shortage
-        self._report_at: float | None = time.monotonic() + _REPORT_AFTER_S
+        self._report_at: float | None = time.monotonic() + REPORT_AFTER_S
 
     def mute(self) -> None:
         """Keep the socket's fd from being ready until pages are freed."""
