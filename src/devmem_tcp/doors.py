@@ -43,10 +43,10 @@ def open_nic(name: str, backend: Backend | str = Backend.AUTO, *, software: Soft
     report = probe_kernel()
     if chosen is Backend.KERNEL:
         raise BackendUnavailable(
-            f"the kernel backend cannot run here: {reasons(report)}", report=report, hint=report.checks[0].fix
+            f"the kernel backend cannot run: {reasons(report)}", report=report, hint=report.checks[0].fix
         )
     warnings.warn(
-        f"{name}: software backend, not zero copy: kernel backend: {reasons(report)}",
+        f"{name}: software backend, which is not zero copy; the kernel backend cannot run: {reasons(report)}",
         BackendFallbackWarning,
         stacklevel=2,
     )

@@ -10,10 +10,10 @@ def probe_kernel() -> ProbeReport:
     return ProbeReport(
         (
             ProbeCheck(
-                name="kernel backend",
+                name="devmem_tcp.kernel",
                 severity=Severity.ERROR,
                 found="not part of this release",
-                needed="a release of devmem-tcp that has devmem_tcp.kernel",
+                needed="a release of devmem-tcp that has it",
                 fix='open_nic(name, backend="software")',
             ),
         )

@@ -299,6 +299,9 @@ class SoftwareNic(contract.Nic):
             try:
                 chosen = self._connect_one(sock, where, source, timeout_s)
                 return self._adopt(sock, chosen, strict=strict)
+            except KernelError:
+                calls.close_socket(sock)
+                raise
             except OSError as error:
                 calls.close_socket(sock)
                 if isinstance(error, TimeoutError):

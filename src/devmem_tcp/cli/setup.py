@@ -1,0 +1,117 @@
+"""What recv and send set up on the NIC, each piece put back on the way out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import click
+
+from devmem_tcp import memory
+from devmem_tcp.cli.failure import say
+from devmem_tcp.cli.report import ListeningEvent, print_json
+from devmem_tcp.contract import Allocator, Buffer, DevmemSocket, Listener, Nic
+from devmem_tcp.doors import open_nic
+from devmem_tcp.errors import DevmemError
+from devmem_tcp.software.options import SoftwareOptions
+from devmem_tcp.types import Address
+
+_ALLOCATORS: Final[dict[str, Callable[[], Allocator]]] = {
+    "host": memory.Host,
+    "udmabuf": memory.Udmabuf,
+    "dma-heap": memory.DmaHeap,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NicChoice:
+    """Which NIC, backend and memory the user asked for: the options of ``backend_options``."""
+
+    nic: str
+    backend: str
+    memory: str
+    buffer_bytes: int
+    frag_size: int | None
+    congestion: str | None
+    hostile_seed: int | None
+
+    def open(self) -> Nic:
+        """Open the NIC.
+
+        Raises:
+            click.UsageError: an option of the software backend for the kernel's.
+            ValueError, KernelError, BackendUnavailable: as ``open_nic``.
+        """
+        wanted = {"frag_size": self.frag_size, "congestion": self.congestion, "hostile_seed": self.hostile_seed}
+        given: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+        if given and self.backend == "kernel":
+            raise click.UsageError("--frag-size, --congestion and --hostile are for the software backend alone")
+        return open_nic(self.nic, backend=self.backend, software=SoftwareOptions(**given))
+
+    def allocate(self) -> Buffer:
+        """Allocate the buffer to bind."""
+        return _ALLOCATORS[self.memory]().allocate(self.buffer_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportChoice:
+    """What to print, and how long to wait: the options of ``report_options``."""
+
+    hashing: bool
+    as_json: bool
+    progress: str
+    quiet: bool
+    timeout_s: float | None
+
+    def check(self) -> None:
+        """Raise click.UsageError if the options do not go together."""
+        if self.progress == "json" and not self.as_json:
+            raise click.UsageError("--progress json goes with --json")
+
+
+@contextlib.contextmanager
+def steering(nic: Nic, queue: int) -> Iterator[None]:
+    """Turn header split on and keep ordinary flows off ``queue``, until the block ends.
+
+    Raises:
+        DevmemError: the NIC has no such queue, or no other one for ordinary flows.
+        NicSettingError: a setting was refused.
+    """
+    queues = nic.capabilities.rx_queues
+    if not 0 <= queue < queues:
+        raise DevmemError(f"{nic.name} has no RX queue {queue}", hint=f"--queue takes 0 to {queues - 1}")
+    if queues == 1:
+        raise DevmemError(f"{nic.name} has one RX queue: none is left for ordinary flows")
+    with (
+        nic.set_header_split("on"),
+        nic.set_rss(weights=[int(other != queue) for other in range(queues)]),
+    ):
+        yield
+
+
+def accept_one(nic: Nic, listener: Listener, choice: ReportChoice, what: str) -> DevmemSocket:
+    """Say where ``listener`` listens, take one connection and close it: the next one is refused, not left waiting.
+
+    Args:
+        what: more to say about the listener, for people.
+
+    Raises:
+        Timeout: nobody came in the time given.
+    """
+    host, port = listener.address
+    if choice.as_json:
+        print_json(ListeningEvent(host=host, port=port))
+    elif not choice.quiet:
+        say(f"listening on {hostport((host, port))} ({nic.capabilities.backend} backend, {nic.name}{what})")
+    listener.settimeout(choice.timeout_s)
+    sock = listener.accept()
+    listener.close()
+    return sock
+
+
+def hostport(address: Address) -> str:
+    """Write an address as the command line takes it, IPv6 in brackets."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
