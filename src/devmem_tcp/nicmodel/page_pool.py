@@ -163,7 +163,8 @@ class PagePool:
             for index, share in enumerate(self._shares):
                 share.inflight -= self._state.count(index, first, end)
         self._state[first:end] = _FREE_PAGE * count
-        self._low = min(self._low, first)
+        if first < self._low:
+            self._low = first
 
     def free_runs(self, firsts: U32Array, counts: U32Array) -> None:
         """Let go of many runs at once; columns of shape (n,), in any order. Neighbours are merged first."""

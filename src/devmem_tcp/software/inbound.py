@@ -101,35 +101,78 @@ class Inbound:
         plan = self._planner.plan(binding, queue, max_bytes, max_frags)
         if not plan:
             return self._when_starved(binding, queue, owner)
+        if len(plan) == 1 and plan[0].kind is FragKind.DMABUF:
+            return self._receive_run(binding, queue, plan[0], max_bytes, owner)
         if plan[0].kind is FragKind.HOST:
             return self._receive_host(plan[0].size, owner)
-        return self._receive_planned(binding, plan, max_bytes, owner)
+        return self._receive_planned(binding, queue, plan, max_bytes, owner)
+
+    def _receive_run(
+        self, binding: SoftwareRxBinding, queue: int, run: Piece, max_bytes: int, owner: BatchOwner
+    ) -> FragBatch:
+        """Receive into one run of pages: the common case, with nothing in it that could be left out."""
+        _, offset, size, first_page, page_count = run
+        taken = used = 0
+        try:
+            taken = calls.recv_into(self._sock, binding.window(offset, size), calls.MSG_DONTWAIT)
+        finally:
+            if taken < size:
+                used = -(-taken // binding.page_size)
+                if used < page_count:
+                    binding.give_back(first_page + used, page_count - used)
+        self.drained_tcp = taken < size
+        if not 0 < taken <= min(max_bytes, binding.frag_size):
+            landed = [Piece(FragKind.DMABUF, offset, taken, first_page, used or page_count)] if taken else []
+            return self._landed(binding, queue, landed, taken, max_bytes, _NO_INLINE, owner)
+        self._count(queue, taken)
+        return self._one_frag(binding, offset, taken, first_page, used or page_count, owner)
+
+    def _one_frag(
+        self, binding: SoftwareRxBinding, offset: int, size: int, first_page: int, page_count: int, owner: BatchOwner
+    ) -> FragBatch:
+        """Make a batch of what landed in one place, no longer than a frag may be."""
+        dmabuf_id = binding.dmabuf_id
+        self._by_id[dmabuf_id] = binding
+        token = self.ledger.issue_one(first_page, page_count, dmabuf_id, size, time.monotonic())
+        frags: FragArray = np.empty(1, FRAG_DTYPE)
+        frags[0] = (offset, size, token, dmabuf_id, FragKind.DMABUF.value)
+        self.dmabuf_bytes += size
+        self.frags += 1
+        return FragBatch(frags, size, _NO_INLINE, owner)
 
     def _receive_planned(
-        self, binding: SoftwareRxBinding, plan: list[Piece], max_bytes: int, owner: BatchOwner
+        self, binding: SoftwareRxBinding, queue: int, plan: list[Piece], max_bytes: int, owner: BatchOwner
     ) -> FragBatch:
         linear = plan[0].size if plan[0].kind is FragKind.LINEAR else 0
         inline = self._inline.take(linear) if linear else _NO_INLINE
-        capacity = linear
         windows = [inline] if linear else []
-        for piece in plan[1:] if linear else plan:
-            windows.append(binding.window(piece.offset, piece.size))
-            capacity += piece.size
+        windows += [binding.window(piece.offset, piece.size) for piece in (plan[1:] if linear else plan)]
+        capacity = sum(piece.size for piece in plan)
         taken = 0
         try:
-            if len(windows) == 1:
-                taken = calls.recv_into(self._sock, windows[0], calls.MSG_DONTWAIT)
-            else:
-                taken = calls.recvmsg_into(self._sock, windows, calls.MSG_DONTWAIT)
+            taken = calls.recvmsg_into(self._sock, windows, calls.MSG_DONTWAIT)
         finally:
             if taken < capacity:
                 plan = _shrink(binding, plan, taken)
-        self._count(taken)
         self.drained_tcp = taken < capacity
+        return self._landed(binding, queue, plan, taken, max_bytes, inline, owner)
+
+    def _landed(
+        self,
+        binding: SoftwareRxBinding,
+        queue: int,
+        landed: list[Piece],
+        taken: int,
+        max_bytes: int,
+        inline: memoryview,
+        owner: BatchOwner,
+    ) -> FragBatch:
+        """Count what a read brought, keep what is over ``max_bytes``, and hand out the rest."""
+        self._count(queue, taken)
         if taken > max_bytes:
-            plan = self._keep_rest(binding, plan, taken - max_bytes)
+            landed = self._keep_rest(binding, landed, taken - max_bytes)
             taken = max_bytes
-        return self._issue(binding, plan, taken, inline, owner)
+        return self._issue(binding, landed, taken, inline, owner)
 
     def _keep_rest(self, binding: SoftwareRxBinding, plan: list[Piece], excess: int) -> list[Piece]:
         """Keep the last ``excess`` bytes, which lie within one page, for the next read."""
@@ -153,13 +196,13 @@ class Inbound:
             binding.share(piece.first_page)
             self._rest = (binding, piece._replace(offset=piece.offset + max_bytes, size=piece.size - max_bytes))
             piece = piece._replace(size=max_bytes)
-        return self._issue(binding, [piece], piece.size, _NO_INLINE, owner)
+        _, offset, size, first_page, page_count = piece
+        return self._one_frag(binding, offset, size, first_page, page_count, owner)
 
     def _issue(
         self, binding: SoftwareRxBinding, landed: list[Piece], nbytes: int, inline: memoryview, owner: BatchOwner
     ) -> FragBatch:
         """Make frags of what landed, with tokens."""
-        self._by_id[binding.dmabuf_id] = binding
         linear = landed[0].size if landed and landed[0].kind is FragKind.LINEAR else 0
         frags = self._issue_tokens(binding, landed[1:] if linear else landed)
         if linear:
@@ -173,14 +216,9 @@ class Inbound:
 
     def _issue_tokens(self, binding: SoftwareRxBinding, landed: list[Piece]) -> FragArray:
         dmabuf_id, now = binding.dmabuf_id, time.monotonic()
-        if len(landed) == 1 and landed[0].size <= binding.frag_size:
-            _, offset, size, first_page, page_count = landed[0]
-            token = self.ledger.issue_one(first_page, page_count, dmabuf_id, size, now)
-            frags: FragArray = np.empty(1, FRAG_DTYPE)
-            frags[0] = (offset, size, token, dmabuf_id, FragKind.DMABUF.value)
-            return frags
+        self._by_id[dmabuf_id] = binding
         offsets, sizes, firsts, counts = _cut(landed, binding.frag_size, binding.page_size)
-        frags = np.empty(len(offsets), FRAG_DTYPE)
+        frags: FragArray = np.empty(len(offsets), FRAG_DTYPE)
         frags["offset"] = offsets
         frags["size"] = sizes
         frags["token"] = self.ledger.issue(firsts, counts, dmabuf_id, sizes, now)
@@ -196,7 +234,7 @@ class Inbound:
         finally:
             if not taken:
                 self._inline.put(window)
-        self._count(taken)
+        self._count(self._flow.queue, taken)
         self.drained_tcp = taken < max_bytes
         self.host_bytes += taken
         if not taken:
@@ -229,7 +267,7 @@ class Inbound:
         """
         if self._rest is None and self._flow.queue not in self._by_queue:
             taken = calls.recv_into(self._sock, target, calls.MSG_DONTWAIT)
-            self._count(taken)
+            self._count(self._flow.queue, taken)
             self.host_bytes += taken
             return taken
         if self._rest is None and not calls.recv_into(self._sock, bytearray(1), calls.MSG_DONTWAIT | calls.MSG_PEEK):
@@ -253,11 +291,10 @@ class Inbound:
             dropped = calls.recv_into(self._sock, window, calls.MSG_DONTWAIT | calls.MSG_TRUNC)
         finally:
             self._inline.put(window)
-        self._count(dropped)
+        self._count(self._flow.queue, dropped)
         return dropped
 
-    def _count(self, taken: int) -> None:
-        queue = self._flow.queue
+    def _count(self, queue: int, taken: int) -> None:
         self.bytes_by_queue[queue] = self.bytes_by_queue.get(queue, 0) + taken
 
     def give_back_pages(self, returned: Returned) -> int:

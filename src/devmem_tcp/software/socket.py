@@ -56,6 +56,7 @@ class SoftwareSocket(contract.DevmemSocket):
         self._on_close = on_close
         self._timeout_s: float | None = None
         self._closed = False
+        self._readable = calls.poller(sock.fileno(), calls.POLLIN)
         self._readiness = Readiness(sock)
         self._recv_calls = 0
         self._dontneed_calls = 0
@@ -89,7 +90,7 @@ class SoftwareSocket(contract.DevmemSocket):
         deadline = None if self._timeout_s is None else time.monotonic() + self._timeout_s
         starvation: Starvation | None = None
         if self._inbound.drained_tcp and self._timeout_s is None and not self._inbound.has_rest:
-            calls.wait_fds([(self._sock.fileno(), calls.POLLIN)], None)
+            calls.wait(self._readable, None)
         try:
             while True:
                 try:
@@ -109,7 +110,7 @@ class SoftwareSocket(contract.DevmemSocket):
 
     def _wait_for_data(self, deadline: float | None) -> None:
         left = None if deadline is None else deadline - time.monotonic()
-        if (left is not None and left <= 0) or not calls.wait_fds([(self._sock.fileno(), calls.POLLIN)], left):
+        if (left is not None and left <= 0) or not calls.wait(self._readable, left):
             raise Timeout(f"nothing arrived from {show(self.remote_address)} in {self._timeout_s} s")
 
     # --- tokens ---

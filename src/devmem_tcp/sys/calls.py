@@ -19,6 +19,7 @@ from typing import Any, Final, TypeAlias
 Hook: TypeAlias = Callable[[str], None]
 Socket: TypeAlias = socket.socket
 Epoll: TypeAlias = select.epoll
+Poller: TypeAlias = select.poll
 MemoryMap: TypeAlias = mmap.mmap
 
 AF_INET: Final = socket.AF_INET
@@ -188,6 +189,19 @@ def wait_fds(wanted: Sequence[tuple[int, int]], timeout_s: float | None) -> dict
     for fd, events in wanted:
         poller.register(fd, events)
     return dict(poller.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000.0))
+
+
+def poller(fd: int, events: int) -> Poller:
+    """Return what ``wait`` needs to wait for one fd again and again."""
+    made = select.poll()
+    made.register(fd, events)
+    return made
+
+
+def wait(poller: Poller, timeout_s: float | None) -> bool:
+    """Wait until the fd of a poller is ready; False when the time ran out. Kernel: poll(2)."""
+    _enter("poll")
+    return bool(poller.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000.0))
 
 
 def epoll_create() -> select.epoll:
