@@ -29,6 +29,7 @@ bench:
 	@tools/setup.sh dev
 	@.venv/bin/python bench/throughput.py $(ARGS)
 	@.venv/bin/python bench/connections.py
+	@.venv/bin/python bench/per_frag.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist bench/build

@@ -20,22 +20,11 @@ from typing import Final
 import devmem_tcp as dmt
 from devmem_tcp.contract import Buffer, DevmemSocket, Nic, TxBinding
 from devmem_tcp.software.options import SoftwareOptions
-from devmem_tcp.sys import calls
 from devmem_tcp.types import FragBatch
 from loopback import HOST, SYSTEM, Span, say
 
 QUEUE: Final = 15
 COMPLETION_TIMEOUT_S: Final = 30.0
-
-
-class SystemCalls:
-    """Counts every system call that the package makes, waiting included."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, name: str) -> None:
-        self.count += 1
 
 
 @contextlib.contextmanager
@@ -62,21 +51,18 @@ def receive(buffer_bytes: str, read_bytes: str, congestion: str, held_bytes: str
     ):
         say(port=listener.address[1])
         with listener.accept() as sock:
-            made = SystemCalls()
-            with calls.intercept(made):
-                span = Span()
-                received, reach = _drain(sock, int(read_bytes), int(held_bytes))
-                figures = span.figures()
+            span = Span()
+            received, reach = _drain(sock, int(read_bytes), int(held_bytes))
+            figures = span.figures()
             stats = sock.stats
     say(
         bytes=received,
-        calls=made.count,
+        calls=stats.recv_calls,
         backend=stats.backend,
         dmabuf_bytes=stats.dmabuf_bytes,
         linear_bytes=stats.linear_bytes,
         host_bytes=stats.host_bytes,
         frags=stats.frags,
-        recv_calls=stats.recv_calls,
         dontneed_calls=stats.dontneed_calls,
         congestion_control=stats.congestion_control,
         reach_bytes=reach,
@@ -109,17 +95,15 @@ def transmit(host: str, port: str, total_bytes: str, buffer_bytes: str, chunk_by
         nic.connect((host, int(port))) as sock,
     ):
         sock.set_zerocopy()
-        made = SystemCalls()
-        with calls.intercept(made):
-            span = Span()
-            _send_all(sock, tx, int(total_bytes), int(chunk_bytes))
-            sock.shutdown_send()
-            sock.recv_into(bytearray(1))
-            figures = span.figures()
+        span = Span()
+        _send_all(sock, tx, int(total_bytes), int(chunk_bytes))
+        sock.shutdown_send()
+        sock.recv_into(bytearray(1))
+        figures = span.figures()
         stats = sock.stats
     say(
         bytes=stats.sent_dmabuf_bytes,
-        calls=made.count,
+        calls=stats.send_calls,
         backend=stats.backend,
         dmabuf_bytes=stats.sent_dmabuf_bytes,
         host_bytes=stats.sent_host_bytes,

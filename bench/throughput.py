@@ -70,7 +70,7 @@ class Row(msgspec.Struct, frozen=True):
     receiver_cpu_s_per_gib: float
     sender_cpu_s_per_gib: float
     both_cpu_s_per_gib: float
-    system_calls_per_mib: float
+    recv_calls_per_mib: float
     reach_bytes: int  # how much of the Buffer was used
     dontneed_calls_per_mib: float
     dmabuf_bytes: int
@@ -157,7 +157,7 @@ def _row(name: str, all_runs: dict[str, list[Pair]], congestion: str) -> Row:
         receiver_cpu_s_per_gib=statistics.median(pair.receiver.cpu_s for pair in runs) / gib,
         sender_cpu_s_per_gib=statistics.median(pair.sender.cpu_s for pair in runs) / gib,
         both_cpu_s_per_gib=cpu,
-        system_calls_per_mib=statistics.median(pair.receiver.calls for pair in runs) / mib,
+        recv_calls_per_mib=statistics.median(pair.receiver.calls for pair in runs) / mib,
         dontneed_calls_per_mib=statistics.median(pair.receiver.dontneed_calls for pair in runs) / mib,
         reach_bytes=last.reach_bytes,
         dmabuf_bytes=last.dmabuf_bytes,
@@ -233,7 +233,7 @@ def show(report: Report, console: Console) -> None:
         "GB/s\nrange",
         "CPU s/GiB\nreceiver",
         "both\nends",
-        "calls\n/MiB",
+        "recvs\n/MiB",
         "÷ C",
         "÷ recv\n_into",
         "CPU\n÷ C",
@@ -248,7 +248,7 @@ def show(report: Report, console: Console) -> None:
             f"{row.gb_per_s:.2f}\n{row.gb_per_s_least:.1f}–{row.gb_per_s_most:.1f}",
             f"{row.receiver_cpu_s_per_gib:.3f}",
             f"{row.both_cpu_s_per_gib:.3f}",
-            f"{row.system_calls_per_mib:.2f}",
+            f"{row.recv_calls_per_mib:.2f}",
             *("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
         )
     console.print(table)

@@ -26,9 +26,10 @@ _MANY_RUNS: Final = 16  # from here on one pass over an index array is quicker t
 class _Share:
     """What one queue may take and has taken."""
 
-    __slots__ = ("alloc_fail", "inflight", "quota")
+    __slots__ = ("alloc_fail", "inflight", "mark", "quota")
 
-    def __init__(self, quota: int) -> None:
+    def __init__(self, index: int, quota: int) -> None:
+        self.mark = bytes([index])  # what a page of this share has in the pool's state
         self.quota = quota
         self.inflight = 0
         self.alloc_fail = 0
@@ -53,7 +54,7 @@ class PagePool:
         self._state = bytearray(_FREE_PAGE * self.pages_total)  # per page: _FREE, or the index of its queue's share
         self._states = np.frombuffer(self._state, np.uint8)
         even, rest = divmod(self.pages_total, len(queues))
-        self._shares = [_Share(even + (index < rest)) for index in range(len(queues))]
+        self._shares = [_Share(index, even + (index < rest)) for index in range(len(queues))]
         self._index = {queue: index for index, queue in enumerate(queues)}
         self._low = 0  # no free page is below this one
         self._extra_holders: dict[int, int] = {}  # pages with more than one holder: how many more
@@ -85,25 +86,27 @@ class PagePool:
             (first page, page count) of each run; fewer pages than asked when fewer are free or they are scattered.
             Empty, and counted as a drop, when the queue has none left.
         """
-        index = self._index[queue]
-        share = self._shares[index]
+        share = self._shares[self._index[queue]]
         pages = min(pages, share.quota - share.inflight)
         if pages <= 0:
             share.alloc_fail += 1
             return []
-        at = self._state.find(_FREE_PAGE * pages, self._low)
+        wanted = _FREE_PAGE * pages
+        at = self._low
+        if not self._state.startswith(wanted, at):  # the usual case; find() prepares for a long search first
+            at = self._state.find(wanted, at)
         if at < 0:
-            return self._take_scattered(index, pages, max_runs)
-        self._take(index, at, pages)
+            return self._take_scattered(share, pages, max_runs)
+        self._take(share, at, pages)
         return [(at, pages)]
 
-    def _take(self, index: int, first: int, count: int) -> None:
-        self._state[first : first + count] = bytes([index]) * count
-        self._shares[index].inflight += count
+    def _take(self, share: _Share, first: int, count: int) -> None:
+        self._state[first : first + count] = share.mark * count
+        share.inflight += count
         if first == self._low:
             self._low = first + count
 
-    def _take_scattered(self, index: int, pages: int, max_runs: int) -> list[tuple[int, int]]:
+    def _take_scattered(self, share: _Share, pages: int, max_runs: int) -> list[tuple[int, int]]:
         """Take up to ``pages`` free pages in several runs, the longest there are first."""
         runs: list[tuple[int, int]] = []
         size, start = max(1, pages // 4), self._low
@@ -111,7 +114,7 @@ class PagePool:
             size = min(size, pages)
             at = self._state.find(_FREE_PAGE * size, start)
             if at >= 0:
-                self._take(index, at, size)
+                self._take(share, at, size)
                 if runs and at == sum(runs[-1]):
                     runs[-1] = (runs[-1][0], runs[-1][1] + size)
                 else:
@@ -160,8 +163,8 @@ class PagePool:
         if len(self._shares) == 1:
             self._shares[0].inflight -= count
         else:
-            for index, share in enumerate(self._shares):
-                share.inflight -= self._state.count(index, first, end)
+            for share in self._shares:
+                share.inflight -= self._state.count(share.mark, first, end)
         self._state[first:end] = _FREE_PAGE * count
         if first < self._low:
             self._low = first

@@ -126,9 +126,10 @@ class TokenLedger:
         if not 0 < token < self.capacity or self._state[token] != _LIVE:
             return None
         self._state[token] = _FREE
-        self._low = min(self._low, token)
+        if token < self._low:
+            self._low = token
         self.outstanding -= 1
-        first_page, page_count, dmabuf_id, _, _ = self._rows[token].item()
+        first_page, page_count, dmabuf_id, _, _ = self._rows.item(token)
         return first_page, page_count, dmabuf_id
 
     def take_all(self) -> Returned:

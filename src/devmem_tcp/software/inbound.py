@@ -73,15 +73,11 @@ class Inbound:
         self._planner = planner
         self._inline = inline
         self._strict = strict
-        self._rest: tuple[SoftwareRxBinding, Piece] | None = None
+        self.rest: tuple[SoftwareRxBinding, Piece] | None = None  # read from TCP, and not handed out
         self.ledger = TokenLedger()
         self.drained_tcp = True  # the last read took all there was: the next one would better wait first
         self.bytes_by_queue: dict[int, int] = {}
         self.dmabuf_bytes = self.linear_bytes = self.host_bytes = self.frags = 0
-
-    @property
-    def has_rest(self) -> bool:
-        return self._rest is not None
 
     def receive(self, max_bytes: int, max_frags: int, owner: BatchOwner) -> FragBatch:
         """Receive what is there, at most ``max_bytes``; an empty batch is the end of stream.
@@ -91,7 +87,7 @@ class Inbound:
             Starved: there is data and no page for it.
             NotZeroCopy: ordinary data on a strict socket.
         """
-        if self._rest is not None:
+        if self.rest is not None:
             return self._receive_rest(max_bytes, owner)
         self.drained_tcp = True
         queue = self._flow.queue
@@ -184,17 +180,17 @@ class Inbound:
         pages = -(-size // binding.page_size)
         if pages == piece.page_count:
             binding.share(page)
-        self._rest = (binding, kept)
+        self.rest = (binding, kept)
         shorter = piece._replace(size=size, page_count=pages)
         return [*plan[:-1], shorter] if size else plan[:-1]
 
     def _receive_rest(self, max_bytes: int, owner: BatchOwner) -> FragBatch:
-        assert self._rest is not None
-        binding, piece = self._rest
-        self._rest = None
+        assert self.rest is not None
+        binding, piece = self.rest
+        self.rest = None
         if piece.size > max_bytes:
             binding.share(piece.first_page)
-            self._rest = (binding, piece._replace(offset=piece.offset + max_bytes, size=piece.size - max_bytes))
+            self.rest = (binding, piece._replace(offset=piece.offset + max_bytes, size=piece.size - max_bytes))
             piece = piece._replace(size=max_bytes)
         _, offset, size, first_page, page_count = piece
         return self._one_frag(binding, offset, size, first_page, page_count, owner)
@@ -265,26 +261,26 @@ class Inbound:
             KernelError: EFAULT: the next data is, or would be, in device memory; nothing is consumed.
             BlockingIOError: nothing is there.
         """
-        if self._rest is None and self._flow.queue not in self._by_queue:
+        if self.rest is None and self._flow.queue not in self._by_queue:
             taken = calls.recv_into(self._sock, target, calls.MSG_DONTWAIT)
             self._count(self._flow.queue, taken)
             self.host_bytes += taken
             return taken
-        if self._rest is None and not calls.recv_into(self._sock, bytearray(1), calls.MSG_DONTWAIT | calls.MSG_PEEK):
+        if self.rest is None and not calls.recv_into(self._sock, bytearray(1), calls.MSG_DONTWAIT | calls.MSG_PEEK):
             return 0
         raise KernelError(errno.EFAULT, "recvmsg", hint="the next data is in device memory: take it with recv_frags()")
 
     def discard(self, max_bytes: int) -> int:
         """Drop what is there, at most ``max_bytes``."""
-        if self._rest is not None:
-            binding, piece = self._rest
+        if self.rest is not None:
+            binding, piece = self.rest
             dropped = min(piece.size, max_bytes)
             if dropped == piece.size:
-                self._rest = None
+                self.rest = None
                 give_back(binding, piece)
             else:
                 left = piece._replace(offset=piece.offset + dropped, size=piece.size - dropped)
-                self._rest = (binding, left)
+                self.rest = (binding, left)
             return dropped
         window = self._inline.take(min(max_bytes, DEFAULT_MAX_BYTES))
         try:
@@ -322,9 +318,9 @@ class Inbound:
     def close(self) -> None:
         """Give back everything."""
         self.give_back_pages(self.ledger.take_all())
-        if self._rest is not None:
-            binding, piece = self._rest
-            self._rest = None
+        if self.rest is not None:
+            binding, piece = self.rest
+            self.rest = None
             give_back(binding, piece)
 
 

@@ -56,6 +56,11 @@ class Readiness:
         self.update(pending=pending)
         return self._epoll.fileno()
 
+    @property
+    def watched(self) -> bool:
+        """Whether the fd was ever asked for."""
+        return self._epoll is not None
+
     def update(self, *, pending: bool) -> None:
         """Say whether something is here already."""
         if self._epoll is not None and pending != self._here:

@@ -10,7 +10,7 @@ import errno
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+from typing import Final, TypeVar, TypeVarTuple
 
 from devmem_tcp import contract
 from devmem_tcp.contract import DEFAULT_MAX_BYTES, DEFAULT_MAX_FRAGS
@@ -33,6 +33,7 @@ from devmem_tcp.uapi.socket import CONTROL_SPACE_PER_FRAG
 
 BACKEND: Final = "software"
 
+Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
 
 
@@ -64,37 +65,37 @@ class SoftwareSocket(contract.DevmemSocket):
     # --- receiving ---
 
     def recv_frags(self, max_bytes: int = DEFAULT_MAX_BYTES, *, max_frags: int = DEFAULT_MAX_FRAGS) -> FragBatch:
-        self._check_open()
-        if max_bytes <= 0:
+        if self._closed or max_bytes <= 0:
+            self._check_open()
             raise ValueError(f"max_bytes must be positive, got {max_bytes}")
         if max_frags <= 0:
             raise ControlTruncated(needed=CONTROL_SPACE_PER_FRAG)
         self._recv_calls += 1
-        return self._wait_readable(lambda: self._inbound.receive(max_bytes, max_frags, self))
+        return self._wait_readable(self._inbound.receive, max_bytes, max_frags, self)
 
     def recv_into(self, target: bytearray | memoryview) -> int:
         self._check_open()
         window = memoryview(target).cast("B")
         if not len(window):
             raise ValueError("recv_into needs room for at least one byte")
-        return self._wait_readable(lambda: self._inbound.receive_ordinary(window))
+        return self._wait_readable(self._inbound.receive_ordinary, window)
 
     def discard(self, max_bytes: int) -> int:
         self._check_open()
         if max_bytes <= 0:
             raise ValueError(f"max_bytes must be positive, got {max_bytes}")
-        return self._wait_readable(lambda: self._inbound.discard(max_bytes))
+        return self._wait_readable(self._inbound.discard, max_bytes)
 
-    def _wait_readable(self, attempt: Callable[[], Result]) -> Result:
+    def _wait_readable(self, attempt: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Make an attempt, and again whenever there may be more to get, within the time limit."""
         deadline = None if self._timeout_s is None else time.monotonic() + self._timeout_s
         starvation: Starvation | None = None
-        if self._inbound.drained_tcp and self._timeout_s is None and not self._inbound.has_rest:
+        if self._inbound.drained_tcp and self._timeout_s is None and self._inbound.rest is None:
             calls.wait(self._readable, None)
         try:
             while True:
                 try:
-                    return attempt()
+                    return attempt(*arguments)
                 except BlockingIOError:
                     if self._timeout_s == 0:
                         raise
@@ -106,7 +107,7 @@ class SoftwareSocket(contract.DevmemSocket):
                         raise BlockingIOError(errno.EAGAIN, starvation.report()) from None
                     starvation.wait(deadline)
         finally:
-            self._readiness.update(pending=self._pending)
+            self._update_readiness()
 
     def _wait_for_data(self, deadline: float | None) -> None:
         left = None if deadline is None else deadline - time.monotonic()
@@ -125,8 +126,8 @@ class SoftwareSocket(contract.DevmemSocket):
         if self._closed:
             return
         tokens = batch.tokens
-        if len(tokens) == 1 and tokens[0]:
-            asked, freed = 1, self._inbound.give_back_one(int(tokens[0]))
+        if len(tokens) == 1 and (token := tokens.item()):
+            asked, freed = 1, self._inbound.give_back_one(token)
             self._dontneed_calls += 1
         else:
             asked = freed = 0
@@ -157,7 +158,7 @@ class SoftwareSocket(contract.DevmemSocket):
         finally:
             for window in windows:
                 window.release()
-            self._readiness.update(pending=self._pending)
+            self._update_readiness()
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
         self._check_open()
@@ -180,7 +181,7 @@ class SoftwareSocket(contract.DevmemSocket):
     def read_completions(self) -> list[CompletionRange]:
         self._check_open()
         ranges = self._outbound.read_completions()
-        self._readiness.update(pending=self._pending)
+        self._update_readiness()
         return ranges
 
     def wait_completions(self, timeout_s: float | None = None) -> list[CompletionRange]:
@@ -196,9 +197,13 @@ class SoftwareSocket(contract.DevmemSocket):
 
     # --- the rest ---
 
+    def _update_readiness(self) -> None:
+        if self._readiness.watched:
+            self._readiness.update(pending=self._pending)
+
     @property
     def _pending(self) -> bool:
-        return self._inbound.has_rest or self._outbound.has_completions
+        return self._inbound.rest is not None or self._outbound.has_completions
 
     def settimeout(self, timeout_s: float | None) -> None:
         if timeout_s is not None and timeout_s < 0:
