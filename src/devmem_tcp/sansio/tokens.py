@@ -145,12 +145,16 @@ class TokenLedger:
         return Returned(rows["first_page"], rows["page_count"], rows["dmabuf_id"])
 
     def held(self, dmabuf_id: int) -> tuple[int, int, float]:
-        """Return how many tokens of a binding are out, the bytes in their frags, and when the oldest was issued."""
-        tokens = np.flatnonzero((self._states == _LIVE) & (self._rows["dmabuf_id"] == dmabuf_id))
-        if not len(tokens):
+        """Return how many tokens of a binding are out, the bytes in their frags, and when the oldest was issued.
+
+        May be called while another thread changes the ledger; it then tells one of the states in between.
+        """
+        states, rows = self._states, self._rows  # two reads: the ledger may grow in between
+        rows = rows[: len(states)][states[: len(rows)] == _LIVE]
+        rows = rows[rows["dmabuf_id"] == dmabuf_id]
+        if not len(rows):
             return 0, 0, 0.0
-        rows = self._rows[tokens]
-        return len(tokens), int(rows["size"].sum()), float(rows["issued_at"].min())
+        return len(rows), int(rows["size"].sum()), float(rows["issued_at"].min())
 
 
 def _expand(tokens: TokenRangeArray) -> npt.NDArray[np.int64]:

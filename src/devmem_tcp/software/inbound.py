@@ -22,6 +22,7 @@ from devmem_tcp.sys import calls
 from devmem_tcp.types import FRAG_DTYPE, BatchOwner, FragArray, FragBatch, FragKind
 
 _MAX_SPARE_INLINE: Final = 4
+_SMALL_INLINE: Final = 64 << 10  # bytes
 _NO_INLINE: Final = memoryview(b"")
 
 
@@ -35,16 +36,28 @@ class Starved(Exception):
 
 
 class InlinePool:
-    """Host memory for LINEAR and HOST bytes, taken by a read and reused once its batch is released."""
+    """Host memory for LINEAR and HOST bytes: large pieces are reused once their batch is released. Thread-safe."""
 
     def __init__(self) -> None:
         self._spare: list[bytearray] = []
 
     def take(self, size: int) -> memoryview:
         """Return ``size`` writable bytes."""
-        if size <= DEFAULT_MAX_BYTES and self._spare:
-            return memoryview(self._spare.pop())[:size]
-        return memoryview(bytearray(max(size, DEFAULT_MAX_BYTES)))[:size]
+        if _SMALL_INLINE < size <= DEFAULT_MAX_BYTES:
+            try:
+                whole = self._spare.pop()
+            except IndexError:
+                whole = bytearray(DEFAULT_MAX_BYTES)
+            return memoryview(whole)[:size]
+        return memoryview(bytearray(size))
+
+    def trim(self, window: memoryview, used: int) -> memoryview:
+        """Return the first ``used`` bytes; a few are copied, so that they do not hold a large piece."""
+        if used > _SMALL_INLINE or len(window) <= _SMALL_INLINE:
+            return window[:used]
+        kept = memoryview(bytes(window[:used]))
+        self.put(window)
+        return kept
 
     def put(self, window: memoryview) -> None:
         """Take memory back."""
@@ -235,18 +248,21 @@ class Inbound:
         self.host_bytes += taken
         if not taken:
             return FragBatch(np.empty(0, FRAG_DTYPE), 0, _NO_INLINE, None)
+        inline = self._inline.trim(window, taken)
         if self._strict:
+            data = bytes(inline)
+            self._inline.put(inline)
             raise NotZeroCopy(
                 f"{taken} bytes arrived in host memory on a strict socket (RX queue {self._flow.queue})",
                 linear_bytes=0,
                 host_bytes=taken,
-                data=bytes(window[:taken]),
+                data=data,
                 hint="steer the flow to a bound queue before it connects: nic.add_ntuple(dst_port=…, queue=…)",
             )
         self.frags += 1
         frags: FragArray = np.zeros(1, FRAG_DTYPE)
         frags["size"] = taken
-        return FragBatch(frags, taken, window[:taken], owner)
+        return FragBatch(frags, taken, inline, owner)
 
     def _when_starved(self, binding: SoftwareRxBinding, queue: int, owner: BatchOwner) -> FragBatch:
         """No page is free: find out whether there is data at all."""
