@@ -43,7 +43,9 @@ def open_nic(name: str, backend: Backend | str = Backend.AUTO, *, software: Soft
     report = probe_kernel()
     if chosen is Backend.KERNEL:
         raise BackendUnavailable(
-            f"the kernel backend cannot run: {reasons(report)}", report=report, hint=report.checks[0].fix
+            f"the kernel backend cannot run: {reasons(report)}",
+            report=report,
+            hint='open_nic(name, backend="software") runs anywhere, over ordinary TCP',
         )
     warnings.warn(
         f"{name}: software backend, which is not zero copy; the kernel backend cannot run: {reasons(report)}",

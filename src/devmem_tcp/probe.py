@@ -14,7 +14,7 @@ def probe_kernel() -> ProbeReport:
                 severity=Severity.ERROR,
                 found="not part of this release",
                 needed="a release of devmem-tcp that has it",
-                fix='open_nic(name, backend="software")',
+                fix="",
             ),
         )
     )

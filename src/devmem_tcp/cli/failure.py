@@ -100,7 +100,7 @@ def failure_of(error: Exception) -> Failure:
     else:
         message = str(error) or type(error).__name__
     if isinstance(error, BackendUnavailable):
-        hints += [check.fix for check in error.report.checks if check.fix]
+        hints = [check.fix for check in error.report.checks if check.fix]
         hints.append("--backend software runs anywhere, over ordinary TCP")
     status = EXIT_MISMATCH if isinstance(error, VerificationFailed) else EXIT_FAILED
     return Failure(message, list(dict.fromkeys(hints)), status)
