@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,8 +218,8 @@ def test_nobody_comes_in_time() -> None:
 def test_help_names_every_verb_and_exit_status(flag: str) -> None:
     result = invoke(flag)
     assert result.exit_code == 0
-    assert all(f"  {verb}  {what.split()[0]}" in result.stdout for verb, what in VERBS.items())
-    for verb in VERBS:
+    assert all(re.search(rf"  {verb} +{what.split()[0]}", result.stdout) for verb, what in VERBS.items())
+    for verb in VERBS.keys() - {"lab"}:  # whose verbs exit as the command in the guest does
         text = " ".join(invoke(verb, flag).stdout.split())
         assert "3 the payload is not what --verify expects" in text
         assert "130 interrupted" in text

@@ -15,6 +15,7 @@ VERBS: Final = {
     "recv": "Receive a TCP stream into device memory and write it to a file or stdout.",
     "send": "Send a file, stdin or a pattern from device memory.",
     "demo": "Move a real file between two processes, verify it, and explain what happened.",
+    "lab": "Boot a real kernel on NICs written in Python: devmem TCP without the hardware.",
 }
 
 
