@@ -2,7 +2,7 @@
 # ARGS= goes to the command itself: make demo ARGS="--file x.iso", make test ARGS="-k tokens".
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench lab clean
 MAKEFLAGS += --no-print-directory
 
 help:
@@ -10,6 +10,7 @@ help:
 	@echo "make test    every check: style, formatting, types, layering, tests"
 	@echo "make lint    the same without the tests"
 	@echo "make bench   measure the software backend on loopback against plain C and plain Python (bench/README.md)"
+	@echo "make lab     boot a real kernel on NICs written in Python, and move data by devmem TCP in it (docs/lab.md)"
 	@echo "make clean   remove what the others made: .venv, caches, build outputs"
 	@echo 'ARGS="..." goes to the command: make demo ARGS="--file some.iso", make test ARGS="-k tokens"'
 
@@ -30,6 +31,10 @@ bench:
 	@.venv/bin/python bench/throughput.py $(ARGS)
 	@.venv/bin/python bench/connections.py
 	@.venv/bin/python bench/per_frag.py
+
+lab:
+	@tools/setup.sh core
+	@tools/lab.sh full
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist bench/build
