@@ -50,7 +50,6 @@ class End(msgspec.Struct, frozen=True):
     linear_bytes: int = 0
     host_bytes: int = 0
     frags: int = 0
-    recv_calls: int = 0
     dontneed_calls: int = 0
     congestion_control: str = ""
     reach_bytes: int = 0  # how much of the Buffer was used, from its start

@@ -17,8 +17,8 @@ import msgspec
 
 from devmem_tcp.cli.report import Event, read_json
 from devmem_tcp.errors import DevmemError
+from devmem_tcp.lab.vm.processes import end
 
-_GRACE_S: Final = 5.0  # from being asked to end to being killed
 _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -69,7 +69,7 @@ def running(name: str, arguments: Sequence[str], inbox: Inbox) -> Iterator[Child
         finally:
             with signals_held():
                 if process is not None:
-                    _end(process)
+                    end(process)
                 if reader is not None:
                     reader.join()
 
@@ -80,15 +80,6 @@ def _read(child: Child, lines: IO[bytes], inbox: Inbox) -> None:
             with contextlib.suppress(msgspec.DecodeError):  # not for us; a failing child says why on stderr
                 inbox.put((child, read_json(line)))
     inbox.put((child, None))
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()  # nothing happens if it has been waited for
-    try:
-        process.wait(_GRACE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 @contextlib.contextmanager

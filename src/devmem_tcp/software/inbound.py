@@ -109,7 +109,7 @@ class Inbound:
             return self._receive_host(max_bytes, owner)
         plan = self._planner.plan(binding, queue, max_bytes, max_frags)
         if not plan:
-            return self._when_starved(binding, queue, owner)
+            return self._when_starved(binding, queue)
         if len(plan) == 1 and plan[0].kind is FragKind.DMABUF:
             return self._receive_run(binding, queue, plan[0], max_bytes, owner)
         if plan[0].kind is FragKind.HOST:
@@ -247,7 +247,7 @@ class Inbound:
         self.drained_tcp = taken < max_bytes
         self.host_bytes += taken
         if not taken:
-            return FragBatch(np.empty(0, FRAG_DTYPE), 0, _NO_INLINE, None)
+            return _end_of_stream()
         inline = self._inline.trim(window, taken)
         if self._strict:
             data = bytes(inline)
@@ -264,11 +264,15 @@ class Inbound:
         frags["size"] = taken
         return FragBatch(frags, taken, inline, owner)
 
-    def _when_starved(self, binding: SoftwareRxBinding, queue: int, owner: BatchOwner) -> FragBatch:
+    def _when_starved(self, binding: SoftwareRxBinding, queue: int) -> FragBatch:
         """No page is free: find out whether there is data at all."""
-        if calls.recv_into(self._sock, bytearray(1), calls.MSG_DONTWAIT | calls.MSG_PEEK):
-            raise Starved(binding, queue)
-        return FragBatch(np.empty(0, FRAG_DTYPE), 0, _NO_INLINE, None)
+        if self._at_end():
+            return _end_of_stream()
+        raise Starved(binding, queue)
+
+    def _at_end(self) -> bool:
+        """Whether the peer's stream has ended; raises BlockingIOError if it has not, and nothing is there."""
+        return not calls.recv_into(self._sock, bytearray(1), calls.MSG_DONTWAIT | calls.MSG_PEEK)
 
     def receive_ordinary(self, target: memoryview) -> int:
         """Receive without the devmem flag.
@@ -282,7 +286,7 @@ class Inbound:
             self._count(self._flow.queue, taken)
             self.host_bytes += taken
             return taken
-        if self.rest is None and not calls.recv_into(self._sock, bytearray(1), calls.MSG_DONTWAIT | calls.MSG_PEEK):
+        if self.rest is None and self._at_end():
             return 0
         raise KernelError(errno.EFAULT, "recvmsg", hint="the next data is in device memory: take it with recv_frags()")
 
@@ -338,6 +342,10 @@ class Inbound:
             binding, piece = self.rest
             self.rest = None
             give_back(binding, piece)
+
+
+def _end_of_stream() -> FragBatch:
+    return FragBatch(np.empty(0, FRAG_DTYPE), 0, _NO_INLINE, None)
 
 
 def _shrink(binding: SoftwareRxBinding, plan: list[Piece], taken: int) -> list[Piece]:

@@ -421,7 +421,7 @@ class SoftwareListener(contract.Listener):
                 if self._timeout_s == 0:
                     raise
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not calls.wait_fds([(self._sock.fileno(), calls.POLLIN)], left):
+            if not calls.wait(calls.poller(self._sock.fileno(), calls.POLLIN), left):
                 raise Timeout(f"nobody connected to {show(self._address)} in {self._timeout_s} s")
         try:
             return self._nic.accept(sock, strict=self._strict)

@@ -83,7 +83,7 @@ class Readiness:
         if not self._subscribe(binding, queue):
             return True
         try:
-            return bool(calls.wait_fds([(self._wake_fd, calls.POLLIN)], timeout_s))
+            return calls.wait(calls.poller(self._wake_fd, calls.POLLIN), timeout_s)
         finally:
             self._unsubscribe()
 

@@ -175,7 +175,7 @@ class SoftwareSocket(contract.DevmemSocket):
                 if self._timeout_s == 0:
                     raise
             left = deadline - time.monotonic()
-            if left <= 0 or not calls.wait_fds([(self._sock.fileno(), calls.POLLOUT)], left):
+            if left <= 0 or not calls.wait(calls.poller(self._sock.fileno(), calls.POLLOUT), left):
                 raise Timeout(f"{show(self.remote_address)} took nothing in {self._timeout_s} s: it does not read")
 
     def read_completions(self) -> list[CompletionRange]:

@@ -31,11 +31,9 @@ MSG_DONTWAIT: Final = socket.MSG_DONTWAIT
 MSG_PEEK: Final = socket.MSG_PEEK
 MSG_TRUNC: Final = socket.MSG_TRUNC
 SOL_SOCKET: Final = socket.SOL_SOCKET
-SO_ERROR: Final = socket.SO_ERROR
 SO_REUSEADDR: Final = socket.SO_REUSEADDR
 SHUT_WR: Final = socket.SHUT_WR
 TCP_CONGESTION: Final = socket.TCP_CONGESTION
-TCP_NODELAY: Final = socket.TCP_NODELAY
 POLLIN: Final = select.POLLIN
 POLLOUT: Final = select.POLLOUT
 EPOLLIN: Final = select.EPOLLIN
@@ -179,20 +177,8 @@ def close_socket(sock: Socket) -> None:
 # --- waiting -------------------------------------------------------------------------------------------------------
 
 
-def wait_fds(wanted: Sequence[tuple[int, int]], timeout_s: float | None) -> dict[int, int]:
-    """Wait until one of the (fd, events) is ready; return events by fd, empty when the time ran out. Kernel: poll(2).
-
-    Errors and hang-ups are always reported, also where ``events`` is 0.
-    """
-    _enter("poll")
-    poller = select.poll()
-    for fd, events in wanted:
-        poller.register(fd, events)
-    return dict(poller.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000.0))
-
-
 def poller(fd: int, events: int) -> Poller:
-    """Return what ``wait`` needs to wait for one fd again and again."""
+    """Return what ``wait`` needs to wait for events of one fd, as often as wanted."""
     made = select.poll()
     made.register(fd, events)
     return made
