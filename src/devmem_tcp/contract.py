@@ -414,9 +414,14 @@ class Listener(Closing):
 
     @abstractmethod
     def accept(self) -> DevmemSocket:
-        """Wait for a connection.
+        """Wait for a connection, and see where the NIC steers it.
+
+        If the Nic has RX bindings and the flow goes to none of their queues, a SteeringWarning says why and what to do.
+
+        Kernel: accept4, then SO_INCOMING_NAPI_ID against the queues' NAPI ids.
 
         Raises:
+            NotZeroCopy: the same on a ``strict`` listener; the connection is closed.
             Timeout, BlockingIOError, ClosedError.
         """
 

@@ -156,6 +156,10 @@ class BackendFallbackWarning(UserWarning):
     """``backend="auto"`` settled for less than the kernel backend; the text says why and how to fix it."""
 
 
+class SteeringWarning(UserWarning):
+    """A flow goes to no bound queue, so its payload lands in host memory; the text says why and how to mend it."""
+
+
 class StarvationWarning(ResourceWarning):
     """No free page on a queue for over a second; the text says who holds how many tokens and for how long."""
 

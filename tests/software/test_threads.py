@@ -53,10 +53,10 @@ def test_readers_that_starve_are_all_woken_and_finish(hostile_seed: int | None) 
         nic.set_header_split("on"),
         nic.bind_rx(buffer, [QUEUE]) as rx,
         nic.listen(("127.0.0.1", 0)) as listener,
+        nic.add_ntuple(dst_port=listener.address[1], queue=QUEUE),
         socket.create_connection(listener.address) as hog_peer,
         listener.accept() as hog,
     ):
-        nic.add_ntuple(dst_port=listener.address[1], queue=QUEUE)
         hog_peer.sendall(bytes(1 << 20))
         hold_every_page(hog, nic)
         senders = [threading.Thread(target=send, args=(listener.address, content)) for content in contents]

@@ -19,6 +19,7 @@ from devmem_tcp.contract import Buffer
 from devmem_tcp.errors import BindError, ClosedError, KernelError, LeakWarning, Timeout
 from devmem_tcp.nicmodel.header_split import HeaderSplit
 from devmem_tcp.nicmodel.indirection import IndirectionTable
+from devmem_tcp.nicmodel.misdirection import check_steering
 from devmem_tcp.nicmodel.ntuple import ethtool_command
 from devmem_tcp.nicmodel.page_pool import PagePool
 from devmem_tcp.nicmodel.steering import Steering
@@ -327,7 +328,13 @@ class SoftwareNic(contract.Nic):
     def accept(self, sock: calls.Socket, *, strict: bool) -> SoftwareSocket:
         """Make a socket of this NIC of an accepted TCP socket, which is then the NIC's to close."""
         ends = [calls.local_address(sock), calls.remote_address(sock)]
-        return self._adopt(sock, congestion.choose(sock, self._options.congestion, ends), strict=strict)
+        made = self._adopt(sock, congestion.choose(sock, self._options.congestion, ends), strict=strict)
+        try:
+            check_steering(self, made, sorted(self._rx_by_queue), strict=strict, stacklevel=3)
+        except BaseException:
+            made.close()
+            raise
+        return made
 
     def _adopt(self, sock: calls.Socket, chosen: str, *, strict: bool) -> SoftwareSocket:
         local, remote = calls.local_address(sock), calls.remote_address(sock)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import socket
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
 from devmem_tcp.contract import Allocator, Buffer, Closing, DevmemSocket, Listener, Nic, NtupleRule, RxBinding
-from devmem_tcp.errors import Timeout
+from devmem_tcp.errors import SteeringWarning, Timeout
 from devmem_tcp.testing.contract.collector import BoundMemory, Collector
 from devmem_tcp.types import PAGE_SIZE, Address, Capabilities
 
@@ -156,7 +157,10 @@ class Rig(Closing):
             wanted = self.queue if queue is None else queue
             rule = self.nic.add_ntuple(dst_port=port, queue=wanted) if steer else None
             peer = self.peer_to((host, port))
-            sock = self.accept(listener)
+            with warnings.catch_warnings():
+                if not steer:
+                    warnings.simplefilter("ignore", SteeringWarning)
+                sock = self.accept(listener)
         return Pair(sock, peer, rule)
 
     def bound_pair(self, *, host: str | None = None) -> BoundPair:

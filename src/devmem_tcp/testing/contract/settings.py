@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import warnings
 
-from devmem_tcp.errors import NicSettingError
+from devmem_tcp.errors import NicSettingError, NotZeroCopy, SteeringWarning
 from devmem_tcp.testing.contract.expect import raises
 from devmem_tcp.testing.contract.rig import Rig
+from devmem_tcp.testing.contract.rig import __file__ as rig_file
 from devmem_tcp.types import Family, FlowRule, FragKind, HeaderSplitMode
 
 
@@ -163,6 +165,36 @@ def test_rule_for_another_flow_does_not_steer(rig: Rig) -> None:
     peer.sendall(b"x")
     rig.collect(sock).recv_exactly(1)
     assert sock.rx_queue < rig.rss_queues
+
+
+def test_flow_to_no_bound_queue_is_told(rig: Rig) -> None:
+    rig.bind()
+    with rig.listen() as listener:
+        port = listener.address[1]
+        rig.nic.add_ntuple(dst_port=port, queue=0)
+        rig.peer_to((rig.host, port))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            rig.accept(listener)
+    (warning,) = told
+    assert warning.category is SteeringWarning
+    assert "RX queue 0, which is not bound" in str(warning.message)
+    assert "ethtool -N" in str(warning.message)
+    assert warning.filename == rig_file, "the warning does not point at who accepted"
+
+
+def test_strict_listener_refuses_a_flow_to_no_bound_queue(rig: Rig) -> None:
+    rig.bind()
+    with rig.listen(strict=True) as listener:
+        port = listener.address[1]
+        peer = rig.peer_to((rig.host, port))
+        with raises(NotZeroCopy) as refused:
+            rig.accept(listener)
+        assert f"add_ntuple(dst_port={port}, queue={rig.queue})" in refused.error.hint
+        assert peer.recv(1) == b"", "the connection stays open"
+        rig.nic.add_ntuple(dst_port=port, queue=rig.queue)
+        rig.peer_to((rig.host, port))
+        assert rig.accept(listener).rx_queue == rig.queue
 
 
 def test_rule_for_no_such_queue_is_einval(rig: Rig) -> None:
