@@ -9,17 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+from devmem_tcp.endpoints import congestion_control, is_loopback
 from devmem_tcp.errors import KernelError
-from devmem_tcp.software.addresses import is_loopback
 from devmem_tcp.sys import calls
 
 LOSS_BASED: Final = ("cubic", "reno")
-_NAME_SIZE: Final = 16  # TCP_CA_NAME_MAX, include/net/tcp.h
-
-
-def current(sock: calls.Socket) -> str:
-    """Return the name of the congestion control that a socket uses."""
-    return calls.getsockopt_bytes(sock, calls.IPPROTO_TCP, calls.TCP_CONGESTION, _NAME_SIZE).split(b"\0")[0].decode()
 
 
 def choose(sock: calls.Socket, option: str, addresses: Sequence[tuple[Any, ...]]) -> str:
@@ -28,7 +22,7 @@ def choose(sock: calls.Socket, option: str, addresses: Sequence[tuple[Any, ...]]
     Raises:
         KernelError: the user named one that the system does not have or allow.
     """
-    default = current(sock)
+    default = congestion_control(sock)
     if option == "system":
         return default
     if option != "auto":

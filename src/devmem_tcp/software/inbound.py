@@ -15,8 +15,8 @@ import numpy as np
 from devmem_tcp.contract import DEFAULT_MAX_BYTES
 from devmem_tcp.errors import KernelError, NotZeroCopy
 from devmem_tcp.sansio.tokens import Returned, TokenLedger
-from devmem_tcp.software.addresses import SteeredFlow
 from devmem_tcp.software.binding import SoftwareRxBinding
+from devmem_tcp.software.flow import SteeredFlow
 from devmem_tcp.software.landing import Piece, Planner, give_back
 from devmem_tcp.sys import calls
 from devmem_tcp.types import FRAG_DTYPE, BatchOwner, FragArray, FragBatch, FragKind

@@ -8,15 +8,15 @@ from __future__ import annotations
 import errno
 import re
 import threading
-import time
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Final
 
 from devmem_tcp import contract
 from devmem_tcp.contract import Buffer
-from devmem_tcp.errors import BindError, ClosedError, KernelError, LeakWarning, Timeout
+from devmem_tcp.endpoints import TcpListener, open_connection, open_listening
+from devmem_tcp.errors import BindError, ClosedError, KernelError
 from devmem_tcp.nicmodel.header_split import HeaderSplit
 from devmem_tcp.nicmodel.indirection import IndirectionTable
 from devmem_tcp.nicmodel.misdirection import check_steering
@@ -24,8 +24,8 @@ from devmem_tcp.nicmodel.ntuple import ethtool_command
 from devmem_tcp.nicmodel.page_pool import PagePool
 from devmem_tcp.nicmodel.steering import Steering
 from devmem_tcp.software import congestion
-from devmem_tcp.software.addresses import SteeredFlow, explain, plain, resolve, show
 from devmem_tcp.software.binding import SoftwareRxBinding, SoftwareTxBinding, next_dmabuf_id
+from devmem_tcp.software.flow import SteeredFlow
 from devmem_tcp.software.inbound import Inbound, InlinePool
 from devmem_tcp.software.landing import planner
 from devmem_tcp.software.options import SoftwareOptions
@@ -73,7 +73,7 @@ class SoftwareNic(contract.Nic):
         self._rx_by_queue: dict[int, SoftwareRxBinding] = {}
         self._tx_by_id: dict[int, SoftwareTxBinding] = {}
         self._settings: list[contract.Setting] = []
-        self._listeners: weakref.WeakSet[SoftwareListener] = weakref.WeakSet()
+        self._listeners: weakref.WeakSet[TcpListener] = weakref.WeakSet()
         self._sockets: weakref.WeakSet[SoftwareSocket] = weakref.WeakSet()
         self._planner = planner(options.hostile_seed)
         self._inline = InlinePool()
@@ -264,21 +264,11 @@ class SoftwareNic(contract.Nic):
 
     # --- sockets ---
 
-    def listen(self, address: Address, *, backlog: int = 128, strict: bool = False) -> SoftwareListener:
+    def listen(self, address: Address, *, backlog: int = 128, strict: bool = False) -> contract.Listener:
         self._check_open()
-        family, where = resolve(address, passive=True)[0]
-        sock = calls.open_tcp(family)
+        sock = open_listening(address, backlog)
         try:
-            if family == calls.AF_INET6:
-                calls.setsockopt(sock, calls.IPPROTO_IPV6, calls.IPV6_V6ONLY, 0)
-            calls.setsockopt(sock, calls.SOL_SOCKET, calls.SO_REUSEADDR, 1)
-            try:
-                calls.bind(sock, where)
-                calls.listen(sock, backlog)
-            except OSError as error:
-                raise explain(error, "listen on", address) from None
-            calls.set_timeout(sock, 0)
-            listener = SoftwareListener(self, sock, plain(calls.local_address(sock)), strict=strict)
+            listener = TcpListener(sock, partial(self._accepted, strict=strict))
         except BaseException:
             calls.close_socket(sock)
             raise
@@ -294,39 +284,20 @@ class SoftwareNic(contract.Nic):
         timeout_s: float | None = None,
     ) -> SoftwareSocket:
         self._check_open()
-        candidates = resolve(address, passive=False)
-        for index, (family, where) in enumerate(candidates):
-            sock = calls.open_tcp(family)
-            try:
-                chosen = self._connect_one(sock, where, source, timeout_s)
-                return self._adopt(sock, chosen, strict=strict)
-            except KernelError:
-                calls.close_socket(sock)
-                raise
-            except OSError as error:
-                calls.close_socket(sock)
-                if isinstance(error, TimeoutError):
-                    raise Timeout(f"connect {show(address)}: no answer in {timeout_s} s") from None
-                if index == len(candidates) - 1:
-                    raise explain(error, "connect", address) from None
-            except BaseException:
-                calls.close_socket(sock)
-                raise
-        raise AssertionError("getaddrinfo gave no address and no error")
+        chosen = ""
 
-    def _connect_one(
-        self, sock: calls.Socket, where: tuple[Any, ...], source: Address | None, timeout_s: float | None
-    ) -> str:
-        chosen = congestion.choose(sock, self._options.congestion, [where])
-        if source is not None:
-            calls.bind(sock, resolve(source, passive=True)[0][1])
-        calls.set_timeout(sock, timeout_s)
-        calls.connect(sock, where)
-        calls.set_timeout(sock, None)
-        return chosen
+        def prepare(sock: calls.Socket, where: tuple[Any, ...]) -> None:
+            nonlocal chosen
+            chosen = congestion.choose(sock, self._options.congestion, [where])
 
-    def accept(self, sock: calls.Socket, *, strict: bool) -> SoftwareSocket:
-        """Make a socket of this NIC of an accepted TCP socket, which is then the NIC's to close."""
+        sock = open_connection(address, source=source, timeout_s=timeout_s, prepare=prepare)
+        try:
+            return self._adopt(sock, chosen, strict=strict)
+        except BaseException:
+            calls.close_socket(sock)
+            raise
+
+    def _accepted(self, sock: calls.Socket, *, strict: bool) -> SoftwareSocket:
         ends = [calls.local_address(sock), calls.remote_address(sock)]
         made = self._adopt(sock, congestion.choose(sock, self._options.congestion, ends), strict=strict)
         try:
@@ -399,60 +370,6 @@ class SoftwareNic(contract.Nic):
 
     def __repr__(self) -> str:
         return f"<Nic {self._name} software, {self._options.rx_queues} RX queues>"
-
-
-class SoftwareListener(contract.Listener):
-    """See ``contract.Listener``."""
-
-    def __init__(self, nic: SoftwareNic, sock: calls.Socket, address: Address, *, strict: bool) -> None:
-        self._nic = nic
-        self._sock = sock
-        self._address = address
-        self._strict = strict
-        self._timeout_s: float | None = None
-        self._closed = False
-
-    @property
-    def address(self) -> Address:
-        return self._address
-
-    def accept(self) -> SoftwareSocket:
-        if self._closed:
-            raise ClosedError("this listener is closed")
-        deadline = None if self._timeout_s is None else time.monotonic() + self._timeout_s
-        while True:
-            try:
-                sock = calls.accept(self._sock)
-                break
-            except BlockingIOError:
-                if self._timeout_s == 0:
-                    raise
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not calls.wait(calls.poller(self._sock.fileno(), calls.POLLIN), left):
-                raise Timeout(f"nobody connected to {show(self._address)} in {self._timeout_s} s")
-        try:
-            return self._nic.accept(sock, strict=self._strict)
-        except BaseException:
-            calls.close_socket(sock)
-            raise
-
-    def settimeout(self, timeout_s: float | None) -> None:
-        if timeout_s is not None and timeout_s < 0:
-            raise ValueError(f"a time limit cannot be negative: {timeout_s} s")
-        self._timeout_s = timeout_s
-
-    def fileno(self) -> int:
-        return self._sock.fileno()
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            calls.close_socket(self._sock)
-
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
-            warnings.warn(f"listener on {show(self._address)} was dropped without close()", LeakWarning, stacklevel=2)
-            self.close()
 
 
 def check_rx_page_size(rx_page_size: int) -> None:

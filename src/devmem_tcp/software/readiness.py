@@ -12,8 +12,8 @@ import time
 import warnings
 from typing import Final
 
+from devmem_tcp.endpoints import show
 from devmem_tcp.errors import StarvationWarning, Timeout
-from devmem_tcp.software.addresses import show
 from devmem_tcp.software.binding import SoftwareRxBinding
 from devmem_tcp.software.inbound import Starved
 from devmem_tcp.sys import calls

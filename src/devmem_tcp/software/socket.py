@@ -14,6 +14,7 @@ from typing import Final, TypeVar, TypeVarTuple
 
 from devmem_tcp import contract
 from devmem_tcp.contract import DEFAULT_MAX_BYTES, DEFAULT_MAX_FRAGS
+from devmem_tcp.endpoints import show
 from devmem_tcp.errors import (
     ClosedError,
     ControlTruncated,
@@ -23,7 +24,7 @@ from devmem_tcp.errors import (
     TokenError,
 )
 from devmem_tcp.sansio.tokens import dontneed_calls, token_array
-from devmem_tcp.software.addresses import SteeredFlow, show
+from devmem_tcp.software.flow import SteeredFlow
 from devmem_tcp.software.inbound import Inbound, Starved
 from devmem_tcp.software.outbound import Outbound
 from devmem_tcp.software.readiness import Readiness, Starvation
