@@ -70,8 +70,11 @@ def test_wrong_usage(cache: Path, arguments: list[str], said: str) -> None:
     [
         (["run", "--kernel", "/nonexistent/bzImage", "--", "true"], "no kernel image"),
         (["run", "--memory", "16M", "--", "true"], "256 MiB"),
+        (["run", "--second-memory", "2G", "/tmp/x", "--", "true"], "both sides"),
         (["run", "--two-hosts", "--nics", "9", "--kernel", "IMAGE", "--qemu", "/bin/true", "--", "true"], "virtiofsd"),
         (["fault", "drop=0.1"], "no lab is running"),
+        (["link", "nic0", "down"], "no lab is running"),
+        (["reset", "nic0"], "no lab is running"),
         (["stats"], "no lab is running"),
     ],
 )
@@ -98,3 +101,17 @@ def test_faults_and_counters_of_a_running_lab(cache: Path) -> None:
         refused = lab("fault", "smell=1")
         assert refused.exit_code == 1
         assert "no such fault" in refused.stderr
+
+
+def test_link_and_reset_of_a_running_lab(cache: Path) -> None:
+    run = cache / "runs/20260101-000000-000-1"
+    run.mkdir(parents=True)
+    plug = control.NicPlug(name="nic0", path="", mac="02:00:00:00:00:01", queues=2, mtu=1500)
+    with NicProcess([plug], run):
+        for state in ("down", "up"):
+            assert lab("link", "nic0", state).exit_code == 0
+            assert json.loads(lab("stats").stdout)["nics"]["nic0"]["device"]["link_up"] == (state == "up")
+        assert lab("reset", "nic0").exit_code == 0
+        refused = lab("reset", "nic7")
+        assert refused.exit_code == 1
+        assert "no NIC 'nic7'; there are: nic0" in refused.stderr

@@ -83,6 +83,17 @@ def test_second_memory_is_a_node_of_its_own() -> None:
     assert options(command, "-numa") == ["node,nodeid=0,memdev=ram", "node,nodeid=1,memdev=second"]
 
 
+@pytest.mark.parametrize(("memory_mib", "second_memory_mib"), [(1024, 256), (2047, 768), (2048, 2048), (4096, 256)])
+def test_second_memory_in_one_range_of_addresses_is_taken(memory_mib: int, second_memory_mib: int) -> None:
+    GuestShape(memory_mib=memory_mib, second_memory=Path("/tmp/x"), second_memory_mib=second_memory_mib)
+
+
+@pytest.mark.parametrize(("memory_mib", "second_memory_mib"), [(1024, 2048), (2047, 769)])
+def test_second_memory_on_both_sides_of_4_gib_is_refused(memory_mib: int, second_memory_mib: int) -> None:
+    with pytest.raises(ValueError, match="both sides"):
+        GuestShape(memory_mib=memory_mib, second_memory=Path("/tmp/x"), second_memory_mib=second_memory_mib)
+
+
 def test_commas_in_a_path_are_doubled() -> None:
     assert any("logfile=/a,,b" in value for value in options(qemu(GuestShape(), console=Path("/a,b")), "-chardev"))
 
@@ -148,3 +159,20 @@ def test_ones_own_qemu_goes_with_the_hosts_virtiofsd(monkeypatch: pytest.MonkeyP
     assert made.virtiofsd == (str(tmp_path / "virtiofsd"),)
     with pytest.raises(DevmemError, match="no such program"):
         programs.brought(str(tmp_path / "nowhere"), None)
+
+
+def test_ones_own_qemu_goes_with_the_virtiofsd_that_was_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    qemu = tmp_path / "my-qemu"
+    qemu.write_text("#!/bin/sh\n")
+    qemu.chmod(0o755)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    fetched = programs.unpacked(tmp_path / "cache")
+    made = programs.brought(str(qemu), fetched)
+    assert made.qemu == (str(qemu),)
+    assert (made.virtiofsd, made.tools) == (fetched.virtiofsd, fetched.tools)
+    assert made.environment == {}, "modules of the fetched QEMU are not for another one"
+    monkeypatch.setattr(programs, "_VIRTIOFSD_PLACES", ())
+    with pytest.raises(DevmemError, match="no virtiofsd"):
+        programs.brought(str(qemu), None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -151,9 +153,34 @@ def test_a_terminal_is_one_with_its_size(ports: Ports) -> None:
     assert bytes(ports.out) == b"37 91\r\n"
 
 
+def test_a_terminal_is_resized_and_its_job_told(ports: Ports) -> None:
+    script = "trap 'stty size; exit 5' WINCH; echo waiting; while :; do read -r line; done"
+    made = plan("bash", "-c", script, terminal=(37, 91))
+    codes: list[int] = []
+    job = threading.Thread(
+        target=lambda: codes.append(guest_init.run_on_terminal(made, ports.by_name["in"], ports.by_name["out"]))
+    )
+    job.start()
+    while b"waiting" not in ports.out:
+        job.join(0.01)
+        assert job.is_alive()
+    os.write(ports.feed_end, b"\xff\xff\xff\xff" + struct.pack("<HH", 50, 132) + piece(b"\n"))
+    job.join()
+    ports.end_input()
+    ports.finish()
+    assert codes == [5]
+    assert b"50 132\r\n" in ports.out
+
+
 def test_a_command_that_is_not_there_gives_the_code_of_a_shell(ports: Ports, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guest_init, "open_port", lambda name, flags: ports.by_name[name])
     assert guest_init.run_job(plan("/nonexistent/tool", terminal=None)) == 127
     assert guest_init.run_job(plan("/etc", terminal=None)) == 126
     ports.finish()
     assert b"/nonexistent/tool: No such file" in bytes(ports.err)
+
+
+def test_packets_are_stamped_while_the_guest_lives() -> None:
+    with guest_init.timestamping_socket() as held:
+        assert held.getsockopt(socket.SOL_SOCKET, guest_init._SO_TIMESTAMP) == 1
+        assert held.family == socket.AF_INET, "the kernel stamps nothing for the sake of a UNIX socket"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from devmem_tcp.lab.vm import guest_init
-from devmem_tcp.lab.vm.relay import Relay
+from devmem_tcp.lab.vm.relay import Relay, Resizes
 
 
 @pytest.fixture
@@ -81,3 +81,49 @@ def test_input_for_a_guest_that_is_gone_is_dropped(relay: Relay, pair: tuple[soc
         relay.turn(0.0)
     os.close(readable)
     os.close(writable)
+
+
+def test_sizes_of_the_terminal_go_between_the_pieces_of_input(
+    relay: Relay, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    mine, guest = pair
+    keys, types = os.pipe()
+    changed, changes = os.pipe()
+    sizes = iter([(50, 132), (24, 80)])
+    relay.set_input(keys, mine, Resizes(changed, lambda: next(sizes)))
+    os.write(types, b"before")
+    relay.turn(1.0)  # read
+    os.write(changes, b"several at once")
+    os.write(types, b"after")
+    for _ in range(3):
+        relay.turn(0.0)
+    os.write(changes, b"again")
+    os.close(types)
+    for _ in range(10):
+        relay.turn(0.0)
+    resize = b"\xff\xff\xff\xff"
+    sent = guest.recv(1000)
+    assert sent.startswith(b"\x06\0\0\0before" + resize + b"\x32\0\x84\0" + b"\x05\0\0\0after")
+    assert resize + b"\x18\0\x50\0" in sent
+    assert sent.count(resize) == 2
+    os.write(changes, b"after the end")
+    relay.turn(0.0)
+    guest.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        guest.recv(1)
+    for fd in (keys, changed, changes):
+        os.close(fd)
+
+
+def test_a_size_for_a_guest_that_is_gone_is_dropped(relay: Relay, pair: tuple[socket.socket, socket.socket]) -> None:
+    mine, guest = pair
+    keys, types = os.pipe()
+    changed, changes = os.pipe()
+    relay.set_input(keys, mine, Resizes(changed, lambda: (24, 80)))
+    guest.close()
+    for _ in range(3):
+        os.write(changes, b"x")
+        relay.turn(0.0)
+        relay.turn(0.0)
+    for fd in (keys, types, changed, changes):
+        os.close(fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,30 @@ def test_nics_are_numbered_over_the_guests_and_can_be_captured(tmp_path: Path) -
         faults = made.nics.ask(control.SetFaults(faults={}))
         assert {name: one["drop"] for name, one in faults.items()} == {"nic0": 0.5, "nic1": 0.5}
     assert (tmp_path / "all.pcapng").stat().st_size > 0
+
+
+def test_a_wire_without_nics_has_its_host_port(tmp_path: Path) -> None:
+    nothing = Programs(qemu=("q",), virtiofsd=("v",), environment={}, tools=None)
+    plan = StagePlan(nics=0, host_port=tmp_path / "wire")
+    kernel = Kernel("test", Path("/vmlinuz"), None)
+    with (
+        Stage(plan, nothing, kernel, folder=tmp_path, accelerator="tcg") as made,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as end,
+    ):
+        end.connect(str(tmp_path / "wire"))
+        assert made.nics is not None
+        assert made.nics.ask(control.GetStatistics())["nics"] == {}
+    assert not (tmp_path / "wire").exists()
+
+
+def test_a_capture_that_ends_early_is_told(tmp_path: Path) -> None:
+    nothing = Programs(qemu=("q",), virtiofsd=("v",), environment={}, tools=None)
+    kernel = Kernel("test", Path("/vmlinuz"), None)
+    for path, said in ((tmp_path / "all.pcapng", ""), (Path("/dev/full"), "No space left on device")):
+        plan = StagePlan(nics=1, capture=path)
+        with Stage(plan, nothing, kernel, folder=tmp_path, accelerator="tcg") as made:
+            pass
+        assert made.capture_failure == said
 
 
 def test_a_capture_that_cannot_be_written_is_refused_before_anything_boots(tmp_path: Path) -> None:

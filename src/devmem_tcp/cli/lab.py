@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
+import signal
 import sys
 import termios
 import time
 import tty
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, Final
 
 import click
@@ -24,6 +25,7 @@ from devmem_tcp.lab.vm import acceleration
 from devmem_tcp.lab.vm.cache import Cache
 from devmem_tcp.lab.vm.machine import Job
 from devmem_tcp.lab.vm.packages import Installation
+from devmem_tcp.lab.vm.relay import Resizes
 
 _STDIN: Final = 0  # read as an fd, so that nothing of it is left in a buffer of Python's
 _KVM_RECORD: Final = "kvm.json"
@@ -107,15 +109,16 @@ def shell(parts: PartsChoice, guests: GuestChoice) -> None:
     program = os.environ.get("SHELL", "")
     program = program if os.access(program, os.X_OK) else "/bin/sh"
     here = os.isatty(_STDIN) and sys.stdout.isatty()
-    size = shutil.get_terminal_size()
-    job = Job(command=(program,), terminal=(size.lines, size.columns) if here else None, input=True)
     idle = Job(command=("sleep", "infinity"))
-    jobs = [job, *[idle] * (guests.plan.hosts - 1)]
-    streams = [
-        Streams(_writer(sys.stdout), _writer(sys.stderr), _STDIN),
-        *[Streams(_nothing, _nothing)] * (guests.plan.hosts - 1),
-    ]
-    raise click.exceptions.Exit(_stage(parts, guests, jobs, streams, terminal=here, wait_for_all=False)[0])
+    with _terminal_resizes() if here else contextlib.nullcontext() as resizes:
+        job = Job(command=(program,), terminal=_terminal_size() if here else None, input=True)
+        jobs = [job, *[idle] * (guests.plan.hosts - 1)]
+        streams = [
+            Streams(_writer(sys.stdout), _writer(sys.stderr), _STDIN, resizes),
+            *[Streams(_nothing, _nothing)] * (guests.plan.hosts - 1),
+        ]
+        codes = _stage(parts, guests, jobs, streams, terminal=here, wait_for_all=False)
+    raise click.exceptions.Exit(codes[0])
 
 
 @command.command()
@@ -129,6 +132,23 @@ def fault(nic: str | None, faults: tuple[tuple[str, float], ...]) -> None:
     with contextlib.closing(newest(Cache.of_user().runs)) as client:
         found = client.ask(control.SetFaults(faults=dict(faults), nic=nic))
     click.echo(json.dumps(found, indent=1))
+
+
+@command.command()
+@click.argument("nic", metavar="NIC")
+@click.argument("state", type=click.Choice(["up", "down"]))
+def link(nic: str, state: str) -> None:
+    """Pull the cable out of a NIC of the running lab, or put it back: `devmem-tcp lab link nic0 down`."""
+    with contextlib.closing(newest(Cache.of_user().runs)) as client:
+        client.ask(control.SetLink(nic=nic, up=state == "up"))
+
+
+@command.command()
+@click.argument("nic", metavar="NIC")
+def reset(nic: str) -> None:
+    """Have a NIC of the running lab ask its driver for a reset, as after an error of the hardware."""
+    with contextlib.closing(newest(Cache.of_user().runs)) as client:
+        client.ask(control.RequestReset(nic=nic))
 
 
 @command.command()
@@ -151,9 +171,7 @@ def _stage(
     cache = Cache.of_user()
     with _steps(quiet=guests.quiet) as progress:
         made, kernel = parts.gather(cache, progress)
-    accelerator = guests.accelerator
-    if accelerator == "auto":
-        accelerator = acceleration.accelerator(made, kernel, cache.root / _KVM_RECORD)
+    accelerator = acceleration.accelerator(made, kernel, cache.root / _KVM_RECORD, guests.accelerator)
     folder = cache.new_run()
     plan = guests.plan
     if not guests.quiet:
@@ -161,18 +179,21 @@ def _stage(
         say(f"booting {count}: kernel {kernel.name}, {_spelt(accelerator)}, {plan.nics} NICs; logs in {folder}")
     started = time.monotonic()
 
-    with (
-        Stage(plan, made, kernel, folder=folder, accelerator=accelerator) as stage,
-        contextlib.ExitStack() as while_up,
-    ):
+    stage = Stage(plan, made, kernel, folder=folder, accelerator=accelerator)
+    try:
+        with stage, contextlib.ExitStack() as while_up:
 
-        def booted() -> None:
-            if not guests.quiet:
-                say(f"up after {time.monotonic() - started:.1f} s")
-            if terminal:
-                while_up.enter_context(_raw_terminal())
+            def booted() -> None:
+                if not guests.quiet:
+                    say(f"up after {time.monotonic() - started:.1f} s")
+                if terminal:
+                    while_up.enter_context(_raw_terminal())
 
-        return stage.run(jobs, streams, timeout_s=guests.timeout_s, booted=booted, wait_for_all=wait_for_all)
+            codes = stage.run(jobs, streams, timeout_s=guests.timeout_s, booted=booted, wait_for_all=wait_for_all)
+    finally:
+        if stage.capture_failure:
+            say(f"error: {plan.capture}: the capture is not whole: {stage.capture_failure}")
+    return [code or EXIT_FAILED for code in codes] if stage.capture_failure else codes
 
 
 class _Prefixed:
@@ -205,11 +226,36 @@ def _spelt(accelerator: str) -> str:
     return "KVM" if accelerator == "kvm" else "software emulation"
 
 
+def _terminal_size() -> tuple[int, int]:
+    """Return the rows and columns of the terminal."""
+    size = os.get_terminal_size(sys.stdout.fileno())
+    return size.lines, size.columns
+
+
+@contextlib.contextmanager
+def _terminal_resizes() -> Iterator[Resizes]:
+    """Follow the terminal's size. The signal makes an fd readable, so that no wait for fds can miss it."""
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    before = signal.signal(signal.SIGWINCH, _take_note), signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+    try:
+        yield Resizes(readable, _terminal_size)
+    finally:
+        signal.signal(signal.SIGWINCH, before[0])
+        signal.set_wakeup_fd(before[1])
+        os.close(readable)
+        os.close(writable)
+
+
+def _take_note(number: int, frame: FrameType | None) -> None:
+    """Do nothing, which is more than ignoring a signal: its number is written to the wakeup fd."""
+
+
 @contextlib.contextmanager
 def _raw_terminal() -> Iterator[None]:
     """Hand every key to the guest, Ctrl-C too, until the block ends."""
     before = termios.tcgetattr(_STDIN)
-    tty.setraw(_STDIN)
+    tty.setraw(_STDIN, termios.TCSADRAIN)  # what was typed while the guest booted is for it, too
     try:
         yield
     finally:

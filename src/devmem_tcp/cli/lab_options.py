@@ -61,8 +61,8 @@ class PartsChoice:
             kernel = installation.kernel(self.kernel)
         if self.qemu is None:
             return installation.programs(), kernel
-        tools = cache.programs / "bin" if installation.held_programs() else None
-        return programs.brought(self.qemu, tools), kernel
+        fetched = programs.unpacked(cache.programs) if installation.held_programs() else None
+        return programs.brought(self.qemu, fetched), kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +125,13 @@ def guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seed", type=int, default=0, show_default=True, help="Of everything random in the NICs."),
         click.option("--pcap", type=click.Path(path_type=Path), metavar="FILE", help="Capture all packets, as pcapng."),
         click.option(
+            "--host-port",
+            type=click.Path(path_type=Path),
+            metavar="PATH",
+            help="Make a UNIX socket where processes of this machine plug into the wire: SOCK_SEQPACKET, one Ethernet"
+            " frame a message.",
+        ),
+        click.option(
             "--second-memory",
             type=(Size(), click.Path(path_type=Path)),
             metavar="SIZE FILE",
@@ -168,6 +175,7 @@ def _guest_choice(given: dict[str, Any]) -> GuestChoice:
         faults=faults,
         seed=given.pop("seed"),
         capture=given.pop("pcap"),
+        host_port=given.pop("host_port"),
     )
     if size and two_hosts:
         raise click.UsageError("--second-memory is for one guest")

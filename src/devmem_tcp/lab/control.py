@@ -20,10 +20,14 @@ class NicPlug(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Wiring(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All NICs of one wire, and the UNIX socket that their process listens on for commands."""
+    """All NICs of one wire, and the UNIX socket that their process listens on for commands.
+
+    ``host_port`` is the path of another one, at which processes of the host are plugged into the wire; empty: none.
+    """
 
     control: str
     nics: list[NicPlug]
+    host_port: str = ""
 
 
 class SetFaults(
@@ -59,14 +63,21 @@ class StartCapture(
 
 
 class StopCapture(msgspec.Struct, frozen=True, tag="stop-capture", tag_field="do", forbid_unknown_fields=True):
-    """End the capture; the answer is how many packets it holds."""
+    """End the capture; the answer is a Captured."""
 
 
 class GetStatistics(msgspec.Struct, frozen=True, tag="statistics", tag_field="do", forbid_unknown_fields=True):
-    """Answer with the counters of every NIC, of its socket and of its port on the wire, and the process's CPU time."""
+    """Answer with the counters of every NIC, its socket and its port on the wire, of host ports, and the CPU time."""
 
 
 Command: TypeAlias = SetFaults | SetLink | RequestReset | StartCapture | StopCapture | GetStatistics
+
+
+class Captured(msgspec.Struct, frozen=True, kw_only=True):
+    """What a capture came to: how many packets were written, and what ended it early; empty: nothing did."""
+
+    packets: int
+    failure: str = ""
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

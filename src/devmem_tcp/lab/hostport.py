@@ -6,6 +6,8 @@ and ``frames`` reads packets). What it is sent is plain frames; superframes are 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 from dataclasses import dataclass
 from typing import Final
@@ -33,13 +35,15 @@ class HostPortCounters:
 class HostPort:
     """A switch port whose far end a host process holds. Frames to it are dropped while it does not read them.
 
-    Made by ``pair``; ``ready()`` is called by the lab's loop whenever ``fileno()`` is readable.
+    Made by ``pair``, or by a ``HostSocket`` for who connects to it; ``ready()`` is called by the lab's loop whenever
+    ``fileno()`` is readable.
 
     Lifetime: ``close()`` closes this end only. When the process closes its own, ``ready()`` closes this one.
     """
 
     def __init__(self, name: str, switch: Switch, end: socket.socket) -> None:
         end.setblocking(False)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _QUEUED_BYTES)
         self.name: Final = name
         self.counters: Final = HostPortCounters()
         self._switch = switch
@@ -57,8 +61,7 @@ class HostPort:
         """
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            for end in (near, far):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _QUEUED_BYTES)
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _QUEUED_BYTES)
             return cls(name, switch, near), far
         except BaseException:
             near.close()
@@ -126,3 +129,49 @@ class HostPort:
             self._end.send(frame)
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):
             self.counters.not_taken += 1
+
+
+class HostSocket:
+    """A UNIX socket at which host processes are plugged into a switch: each connection is a port, while it lasts.
+
+    The ports are named ``host0``, ``host1`` … in the order of their coming.
+
+    Args:
+        path: where the socket is made; removed by ``close``.
+
+    Raises:
+        OSError: it cannot be made there.
+    """
+
+    def __init__(self, path: str, switch: Switch) -> None:
+        self.ports: Final[list[HostPort]] = []
+        self._path: Final = path
+        self._switch: Final = switch
+        self._accepted = 0
+        self._listener: Final = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._listener.bind(path)
+            self._listener.listen()
+        except OSError as error:
+            self._listener.close()
+            raise OSError(error.errno, error.strerror or str(error), path) from None
+
+    def fileno(self) -> int:
+        """Return the file descriptor to wait on, for reading, before ``accept``."""
+        return self._listener.fileno()
+
+    def accept(self) -> HostPort:
+        """Plug in the process that has connected; its port is closed when the process closes its end."""
+        end, _ = self._listener.accept()
+        port = HostPort(f"host{self._accepted}", self._switch, end)
+        self._accepted += 1
+        self.ports[:] = [*(other for other in self.ports if not other.closed), port]
+        return port
+
+    def close(self) -> None:
+        """Unplug every process, and remove the socket."""
+        for port in self.ports:
+            port.close()
+        self._listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ _POLL_S: Final = 0.02
 _ANSWER_S: Final = 30.0
 _LOG_LINES: Final = 15
 _WIRING: Final = "wiring.json"
+_LONGEST_PATH: Final = 107  # of a UNIX socket, in bytes: unix(7)
 
 
 class NicClient:
@@ -94,13 +95,15 @@ class NicProcess:
     Args:
         plugs: the NICs; their ``path`` is filled in here.
         folder: where the process's log and wiring go.
+        host_port: path of a UNIX socket to make, at which processes of the host are plugged into the wire.
 
     Raises (on entry):
-        DevmemError: the process did not come up; shows what it said.
+        DevmemError: no socket can be made at ``host_port``, or the process did not come up; shows what it said.
     """
 
-    def __init__(self, plugs: list[control.NicPlug], folder: Path) -> None:
+    def __init__(self, plugs: list[control.NicPlug], folder: Path, *, host_port: Path | None = None) -> None:
         self._plugs: Final = plugs
+        self._host_port: Final = "" if host_port is None else str(host_port.absolute())
         self._log: Final = folder / "nics.log"
         self._wiring_file: Final = folder / _WIRING
         self._held = contextlib.ExitStack()
@@ -109,17 +112,18 @@ class NicProcess:
         """Where QEMU finds each NIC."""
 
     def __enter__(self) -> NicProcess:
+        if self._host_port:
+            _check_free(Path(self._host_port))
         with contextlib.ExitStack() as held:
-            folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="devmem-lab-")))
+            folder = held.enter_context(processes.socket_folder())
             self.sockets = tuple(folder / f"nic{index}" for index in range(len(self._plugs)))
             plugs = [
                 msgspec.structs.replace(plug, path=str(path))
                 for plug, path in zip(self._plugs, self.sockets, strict=True)
             ]
             self.control_path = folder / "control"
-            self._wiring_file.write_bytes(
-                msgspec.json.encode(control.Wiring(control=str(self.control_path), nics=plugs))
-            )
+            wiring = control.Wiring(control=str(self.control_path), nics=plugs, host_port=self._host_port)
+            self._wiring_file.write_bytes(msgspec.json.encode(wiring))
             command = [sys.executable, "-m", "devmem_tcp.lab.nic_process", str(self._wiring_file)]
             process = held.enter_context(processes.running(command, self._log))
             self.client = held.enter_context(contextlib.closing(self._connect(process)))
@@ -139,3 +143,13 @@ class NicProcess:
             time.sleep(_POLL_S)
         said = processes.tail(self._log, _LOG_LINES)
         raise DevmemError(f"the process of the NICs did not come up; it said:\n{said or '(nothing)'}")
+
+
+def _check_free(path: Path) -> None:
+    """Raise DevmemError where no UNIX socket can be made."""
+    if os.path.lexists(path):
+        raise DevmemError(f"{path}: there is something there already", hint="remove it, or name another path")
+    if not path.parent.is_dir():
+        raise DevmemError(f"{path}: no such folder")
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        raise DevmemError(f"{path}: too long for a UNIX socket, which takes {_LONGEST_PATH} bytes")

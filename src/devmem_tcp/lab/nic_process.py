@@ -27,6 +27,7 @@ from devmem_tcp.lab import control
 from devmem_tcp.lab.dma import DmaSpace
 from devmem_tcp.lab.gvnic.device import Gvnic
 from devmem_tcp.lab.gvnic.faults import Faults
+from devmem_tcp.lab.hostport import HostPort, HostSocket
 from devmem_tcp.lab.pcap import PcapWriter
 from devmem_tcp.lab.vfio_user import VfioUserServer
 from devmem_tcp.lab.wire import Switch
@@ -57,12 +58,12 @@ class Nic:
 
 
 class Wire:
-    """The NICs on one switch, what is captured of them, and the commands on them.
+    """The NICs on one switch, the host processes on it, what is captured, and the commands on all of that.
 
-    Lifetime: owns the NICs and the capture; ``close`` lets them go.
+    Lifetime: owns the NICs, the host ports and the capture; ``close`` lets them go.
     """
 
-    def __init__(self, plugs: list[control.NicPlug]) -> None:
+    def __init__(self, plugs: list[control.NicPlug], host_port: str = "") -> None:
         self.switch: Final = Switch()
         self.nics: Final[dict[str, Nic]] = {}
         self._capture: tuple[PcapWriter, BinaryIO] | None = None
@@ -70,10 +71,13 @@ class Wire:
             for plug in plugs:
                 self.nics[plug.name] = Nic(plug, self.switch)
                 undo.callback(self.nics[plug.name].close)
+            self.hosts: Final = HostSocket(host_port, self.switch) if host_port else None
+            if self.hosts is not None:
+                undo.callback(self.hosts.close)
             self._held = undo.pop_all()
 
     def close(self) -> None:
-        """End the capture, and let the NICs go."""
+        """End the capture, and let the NICs and the host processes go."""
         self._stop_capture()
         self._held.close()
 
@@ -126,13 +130,17 @@ class Wire:
         self._capture = writer, file
         self.switch.add_tap(writer)
 
-    def _stop_capture(self) -> int:
+    def _stop_capture(self) -> control.Captured:
         if self._capture is None:
-            return 0
+            return control.Captured(packets=0)
         (writer, file), self._capture = self._capture, None
         self.switch.remove_tap(writer)
-        file.close()
-        return writer.packets
+        failure = writer.failure
+        try:
+            file.close()
+        except OSError as error:  # what was still buffered
+            failure = failure or error
+        return control.Captured(packets=writer.packets, failure=(failure.strerror or str(failure)) if failure else "")
 
     def _statistics(self) -> dict[str, Any]:
         counters = self.switch.counters
@@ -145,7 +153,13 @@ class Wire:
             }
             for name, nic in self.nics.items()
         }
-        return {"nics": nics, "cpu_s": time.process_time()}
+        ports = self.hosts.ports if self.hosts is not None else []
+        hosts = {
+            port.name: {"port": asdict(port.counters), "wire": asdict(counters[port])}
+            for port in ports
+            if not port.closed
+        }
+        return {"nics": nics, "host_ports": hosts, "cpu_s": time.process_time()}
 
 
 class Clients:
@@ -199,7 +213,7 @@ class Clients:
 def serve(wiring: control.Wiring, stop: socket.socket) -> None:
     """Make the NICs and serve them until ``stop`` is readable."""
     with (
-        contextlib.closing(Wire(wiring.nics)) as wire,
+        contextlib.closing(Wire(wiring.nics, wiring.host_port)) as wire,
         contextlib.closing(Clients(wiring.control, wire.obey)) as clients,
         select.epoll() as epoll,
     ):
@@ -218,6 +232,19 @@ def serve(wiring: control.Wiring, stop: socket.socket) -> None:
             if not clients.serve(client):  # closed, and so out of the epoll set
                 del acts[fd]
 
+        def plug_in() -> None:
+            assert wire.hosts is not None
+            port = wire.hosts.accept()
+            watch(port.fileno(), lambda: pass_on(port))
+
+        def pass_on(port: HostPort) -> None:
+            fd = port.fileno()
+            port.ready()
+            if port.closed:  # and so out of the epoll set
+                del acts[fd]
+
+        if wire.hosts is not None:
+            watch(wire.hosts.fileno(), plug_in)
         for nic in wire.nics.values():
             watch(nic.server.fileno(), nic.server.ready)
         watch(clients.listener.fileno(), accept)

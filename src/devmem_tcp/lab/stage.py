@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
+from devmem_tcp.errors import DevmemError
 from devmem_tcp.lab import control
 from devmem_tcp.lab.nic_client import NicClient, NicProcess
 from devmem_tcp.lab.vm import networks
@@ -16,7 +19,7 @@ from devmem_tcp.lab.vm.kernels import Kernel
 from devmem_tcp.lab.vm.machine import Job, Machine
 from devmem_tcp.lab.vm.programs import Programs
 from devmem_tcp.lab.vm.qemu import GuestShape
-from devmem_tcp.lab.vm.relay import Write
+from devmem_tcp.lab.vm.relay import Resizes, Write
 
 MAX_MTU: Final = 9216
 """The largest MTU that the NICs offer; a guest's own may be anything up to it."""
@@ -30,7 +33,8 @@ class StagePlan:
     """What to set up.
 
     ``nics`` are of each guest; ``mtu`` is what the guests set; ``faults`` are FaultSettings' names and values, the same
-    for all NICs; each NIC's seed is ``seed`` plus its number.
+    for all NICs; each NIC's seed is ``seed`` plus its number; ``capture`` is a file for all packets; ``host_port`` the
+    path of a UNIX socket to make, at which processes of the host are plugged into the wire.
     """
 
     hosts: int = 1
@@ -41,15 +45,17 @@ class StagePlan:
     faults: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     capture: Path | None = None
+    host_port: Path | None = None
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Where one guest's job writes to, and the fd that it reads from, if any."""
+    """Where one guest's job writes to, the fd that it reads from, if any, and what its terminal's size follows."""
 
     out: Write
     err: Write
     source: int | None = None
+    resizes: Resizes | None = None
 
 
 class Stage:
@@ -75,6 +81,8 @@ class Stage:
         self._held = contextlib.ExitStack()
         self.nics: NicClient | None = None
         """Takes commands for the NICs; None if there are none."""
+        self.capture_failure: str = ""
+        """After the exit: what ended the capture early, as a full disk does; empty: nothing did."""
 
     def __enter__(self) -> Stage:
         plan = self._plan
@@ -90,18 +98,25 @@ class Stage:
             )
             for number, place in enumerate(nic for host in self._places for nic in host)
         ]
-        if plugs:
+        if plugs or plan.host_port is not None or plan.capture is not None:
             with contextlib.ExitStack() as held:
-                process = held.enter_context(NicProcess(plugs, self._folder))
+                process = held.enter_context(NicProcess(plugs, self._folder, host_port=plan.host_port))
                 self.nics, self._sockets = process.client, process.sockets
                 if plan.capture is not None:
                     self.nics.ask(control.StartCapture(path=str(plan.capture.absolute())))
-                    held.callback(self.nics.ask, control.StopCapture())
+                    held.callback(self._stop_capture, self.nics)
                 self._held = held.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._held.close()
+
+    def _stop_capture(self, nics: NicClient) -> None:
+        try:
+            captured = msgspec.convert(nics.ask(control.StopCapture()), control.Captured)
+            self.capture_failure = captured.failure
+        except DevmemError as error:
+            self.capture_failure = str(error)
 
     def machine(self, host: int, job: Job) -> Machine:
         """Return the guest of that number, to be entered, which will run ``job``."""
@@ -152,7 +167,12 @@ class Stage:
             first = streams[0]
             try:
                 code = machines[0].wait(
-                    out=first.out, err=first.err, source=first.source, timeout_s=timeout_s, booted=booted
+                    out=first.out,
+                    err=first.err,
+                    source=first.source,
+                    resizes=first.resizes,
+                    timeout_s=timeout_s,
+                    booted=booted,
                 )
                 return [code, *(one.result() for one in others)] if wait_for_all else [code]
             finally:

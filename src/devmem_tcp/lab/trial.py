@@ -3,6 +3,9 @@
 Run by ``python -m devmem_tcp.lab.trial`` in a guest of ``devmem-tcp lab run``, which gives two NICs in two network
 namespaces and says in NETIF, LOCAL_V4, REMOTE_V4, LOCAL_V6, REMOTE_V6 what they are called. The peer is this module
 again, in the other namespace, with plain sockets. One line a step; exit status 1 at the first that fails.
+
+With ``--node N`` the buffers lie on that NUMA node; with ``--outside`` too, each receive then says where in the node's
+memory each piece of the stream lies, and waits, so that it can be looked at from outside (``lab/outside.py``).
 """
 
 from __future__ import annotations
@@ -20,13 +23,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from devmem_tcp.contract import Buffer, CpuAccess
+from devmem_tcp.errors import DevmemError
 from devmem_tcp.lab.netdev import NetdevSocket
+from devmem_tcp.lab.second_memory import PAGE_BYTES, allocate_on, node_start
 from devmem_tcp.memory import Udmabuf
 from devmem_tcp.sansio.tokens import dontneed_calls
 from devmem_tcp.types import FragKind
@@ -39,6 +46,7 @@ RX_PORT: Final = 5201
 TX_PORT: Final = 5202
 PEER_NAMESPACE: Final = "peer"
 BUFFER_BYTES: Final = 64 * MIB  # udmabuf's default limit
+NODE_BYTES: Final = 16 * MIB  # to be looked at from outside; more might need pages twice, at MTU 1500
 WINDOW_BYTES: Final = 256 << 10  # of one sendmsg
 LIMIT_S: Final = 120.0  # of any one wait; a lossy wire under emulation is slow
 _SEED: Final = 5201
@@ -47,6 +55,17 @@ _FAMILIES: Final = ((socket.AF_INET, "4"), (socket.AF_INET6, "6"))
 
 class TrialFailed(Exception):
     """A byte, a count or a completion is not what it has to be."""
+
+
+class Whereabouts(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a stream lies that was received into memory of a NUMA node.
+
+    ``node_start`` is the physical address of the node's first byte; each piece is its offset in the stream, its
+    physical address, and its length in bytes, in the order of the stream.
+    """
+
+    node_start: int
+    pieces: list[tuple[int, int, int]]
 
 
 def content(size: int) -> npt.NDArray[np.uint8]:
@@ -97,14 +116,32 @@ def peer(role: str, address: tuple[str, int], size: int) -> Iterator[subprocess.
             process.kill()
 
 
+# --- where the buffers are ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the trial's buffers are: on a NUMA node, None: on any. ``outside``: say where in it, and wait."""
+
+    node: int | None = None
+    outside: bool = False
+
+    def allocate(self) -> tuple[Buffer, npt.NDArray[np.uint64]]:
+        """Return a buffer and its pages' physical addresses, which are known only if a node was asked for."""
+        if self.node is None:
+            return Udmabuf().allocate(BUFFER_BYTES), np.empty(0, np.uint64)
+        return allocate_on(self.node, BUFFER_BYTES)
+
+
 # --- receiving ------------------------------------------------------------------------------------------------------
 
 
-def receive(nic: str, family: int, host: str, size: int) -> str:
+def receive(nic: str, family: int, host: str, size: int, place: Place) -> str:
     """Receive ``size`` bytes into a bound udmabuf, compare them where they landed, return every token."""
     wanted = content(size)
+    buffer, physical = place.allocate()
     with (
-        Udmabuf().allocate(BUFFER_BYTES) as buffer,
+        buffer,
         NetdevSocket() as netdev,
         socket.create_server((host, RX_PORT), family=family) as listener,
     ):
@@ -113,7 +150,9 @@ def receive(nic: str, family: int, host: str, size: int) -> str:
         with peer("send", (host, RX_PORT), size):
             sock, _ = listener.accept()
             with sock, buffer.cpu_access(CpuAccess.READ) as memory:
-                kinds = _receive_all(sock, np.frombuffer(memory, np.uint8), wanted)
+                kinds, landed = _receive_all(sock, np.frombuffer(memory, np.uint8), wanted, keep=place.outside)
+                if place.outside and place.node is not None:
+                    show(landed, physical, node_start(place.node))
     if kinds[FragKind.DMABUF] * 2 < size:
         raise TrialFailed(f"most bytes did not land in the dma-buf: {kinds}")
     told = ", ".join(f"{kinds[kind]:,} {kind.name.lower()}" for kind in reversed(FragKind))
@@ -121,10 +160,12 @@ def receive(nic: str, family: int, host: str, size: int) -> str:
 
 
 def _receive_all(
-    sock: socket.socket, memory: npt.NDArray[np.uint8], wanted: npt.NDArray[np.uint8]
-) -> Counter[FragKind]:
+    sock: socket.socket, memory: npt.NDArray[np.uint8], wanted: npt.NDArray[np.uint8], *, keep: bool
+) -> tuple[Counter[FragKind], list[tuple[int, int, int]]]:
+    """Receive the stream; to ``keep`` it where it is, tokens are left to the socket's end, and each frag is listed."""
     sock.settimeout(LIMIT_S)
     kinds: Counter[FragKind] = Counter()
+    kept: list[tuple[int, int, int]] = []
     inline, got = np.zeros(MIB, np.uint8), 0
     while True:
         count, control, _, _ = sock.recvmsg_into([inline.data], 1 << 16, abi.MSG_SOCK_DEVMEM)
@@ -136,7 +177,10 @@ def _receive_all(
                 continue
             offset, length, token, _, _ = abi.DMABUF_CMSG.unpack_from(data)
             if kind == FragKind.DMABUF:
-                tokens.append(token)
+                if keep:
+                    kept.append((got, offset, length))
+                else:
+                    tokens.append(token)
                 landed = memory[offset : offset + length]
             else:
                 landed = inline[used : used + length]
@@ -152,7 +196,20 @@ def _receive_all(
             sock.setsockopt(abi.SOL_SOCKET, abi.SO_DEVMEM_DONTNEED, ranges.tobytes())
     if got != len(wanted):
         raise TrialFailed(f"the stream ended after {got} of {len(wanted)} bytes")
-    return kinds
+    return kinds, kept
+
+
+def show(landed: list[tuple[int, int, int]], physical: npt.NDArray[np.uint64], start: int) -> None:
+    """Say where the pieces of a stream (its offset, the buffer's, the length) lie, and wait to be told to go on."""
+    pieces: list[tuple[int, int, int]] = []
+    for at, offset, length in landed:
+        while length:
+            page, within = divmod(offset, PAGE_BYTES)
+            part = min(length, PAGE_BYTES - within)
+            pieces.append((at, int(physical[page]) + within, part))
+            at, offset, length = at + part, offset + part, length - part
+    print(msgspec.json.encode(Whereabouts(node_start=start, pieces=pieces)).decode(), flush=True)
+    sys.stdin.readline()
 
 
 def _compare(landed: npt.NDArray[np.uint8], wanted: npt.NDArray[np.uint8], at: int) -> None:
@@ -182,10 +239,11 @@ class _MsgHdr(ctypes.Structure):
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def send(nic: str, family: int, host: str, size: int) -> str:
+def send(nic: str, family: int, host: str, size: int, place: Place) -> str:
     """Send ``size`` bytes from a bound udmabuf by offset, and wait for every completion."""
+    buffer, _ = place.allocate()
     with (
-        Udmabuf().allocate(BUFFER_BYTES) as buffer,
+        buffer,
         NetdevSocket() as netdev,
         peer("receive", (host, TX_PORT), size) as far,
     ):
@@ -275,18 +333,22 @@ def set_up(nic: str) -> None:
         subprocess.run(["ethtool", *step], check=True, stdout=subprocess.DEVNULL, timeout=LIMIT_S)
 
 
-def trial(size: int) -> None:
+def trial(size: int, place: Place) -> None:
     """Run every step, and print what each found."""
     nic = os.environ["NETIF"]
     set_up(nic)
     print(f"set up   {nic}: header split on, RSS on queue 0, port {RX_PORT} steered to queue {QUEUE}", flush=True)
+    if place.node is not None:
+        print(
+            f"placed   every buffer on NUMA node {place.node}, which starts at {node_start(place.node):#x}", flush=True
+        )
     for family, version in _FAMILIES:
         for name, step, host in (
             ("receive", receive, os.environ[f"LOCAL_V{version}"]),
             ("send", send, os.environ[f"REMOTE_V{version}"]),
         ):
             started = time.monotonic()
-            found = step(nic, family, host, size)
+            found = step(nic, family, host, size, place)
             seconds = time.monotonic() - started
             print(f"{name:<8} IPv{version} {found}; {seconds:.1f} s", flush=True)
 
@@ -294,18 +356,22 @@ def trial(size: int) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m devmem_tcp.lab.trial", description=__doc__)
     parser.add_argument("--bytes", type=int, default=64 * MIB, help="moved each way (at most 64 MiB)")
+    parser.add_argument("--node", type=int, metavar="N", help="keep the buffers on this NUMA node")
+    parser.add_argument("--outside", action="store_true", help="with --node: say where bytes lie, and wait for a line")
     parser.add_argument("--role", choices=["trial", "send", "receive"], default="trial", help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     chosen: Any = parser.parse_args(arguments)
     if not 0 < chosen.bytes <= BUFFER_BYTES:
         parser.error(f"--bytes is 1 to {BUFFER_BYTES}")
+    if chosen.outside and (chosen.node is None or chosen.bytes > NODE_BYTES):
+        parser.error(f"--outside goes with --node, and with --bytes {NODE_BYTES} at most")
     try:
         if chosen.role == "trial":
-            trial(chosen.bytes)
+            trial(chosen.bytes, Place(node=chosen.node, outside=chosen.outside))
         else:
             {"send": peer_send, "receive": peer_receive}[chosen.role]((chosen.address, chosen.port), chosen.bytes)
-    except (TrialFailed, OSError, subprocess.SubprocessError) as error:
+    except (TrialFailed, DevmemError, OSError, subprocess.SubprocessError) as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1
     return 0

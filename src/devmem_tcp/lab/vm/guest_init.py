@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import select
+import socket
 import struct
 import subprocess
 import sys
@@ -28,9 +29,12 @@ _SYS_FINIT_MODULE: Final = 313  # x86-64
 _MODULE_INIT_COMPRESSED_FILE: Final = 4  # include/uapi/linux/module.h
 _POWER_OFF: Final = 0x4321FEDC  # LINUX_REBOOT_CMD_POWER_OFF, include/uapi/linux/reboot.h
 _MS_BIND: Final = 4096
+_SO_TIMESTAMP: Final = 29  # SO_TIMESTAMP_OLD, include/uapi/asm-generic/socket.h
 _OVERLAY: Final = "/run/overlay"
 _CHUNK: Final = 1 << 16
 _LENGTH_BYTES: Final = 4
+_RESIZE: Final = 0xFFFFFFFF  # in place of a length: rows and columns of the terminal follow, 2 bytes each
+_SIZE_BYTES: Final = 4
 INPUT_THREAD: Final = "input"
 _END_OF_INPUT: Final = b"\x04"  # Ctrl-D
 _NOT_FOUND: Final = 127  # a shell's codes for a command that does not start
@@ -231,12 +235,15 @@ def feed_input(port: int, target: int, end: Callable[[], object]) -> None:
     """Carry the job's input to it until there is no more, or the job wants no more; in a thread, as it may block.
 
     The port carries pieces, each after its length in 4 bytes; an empty one is the end. (Its own end is no use: QEMU
-    drops what is on its way when the host closes a port.)
+    drops what is on its way when the host closes a port.) A new size of the job's terminal comes between two pieces.
     """
     with open(port, "rb", closefd=False) as pieces, contextlib.suppress(OSError):
         try:
             while size := int.from_bytes(pieces.read(_LENGTH_BYTES), "little"):
-                write_all(target, pieces.read(size))
+                if size == _RESIZE:
+                    fcntl.ioctl(target, termios.TIOCSWINSZ, pieces.read(_SIZE_BYTES) + bytes(4))
+                else:
+                    write_all(target, pieces.read(size))
         finally:
             end()
 
@@ -277,6 +284,19 @@ def pump(process: subprocess.Popen[bytes], outputs: dict[int, int]) -> int:
     return code if code >= 0 else 128 - code
 
 
+def timestamping_socket() -> socket.socket:
+    """Return a socket that has the kernel stamp every packet's arrival, for as long as it is open.
+
+    The first such socket makes the kernel patch its own receive path, and the end of the last one patches it back: a
+    static key, net/core/dev.c, net_enable_timestamp. Every ping is such a socket. An emulated processor may, under
+    load, run the breakpoint of a patch that is finished already, and the kernel stops with "Oops: int3". While this
+    one is open no ping is the first or the last. (Not a UNIX socket: those want no stamps, sock_needs_netstamp.)
+    """
+    held = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    held.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMP, 1)
+    return held
+
+
 def power_off() -> None:
     """Turn the guest off. Kernel: reboot(2)."""
     os.sync()
@@ -293,8 +313,9 @@ def main() -> None:
         offer_modules(plan)
         os.environ.update(plan["environment"])
         set_up_networks(plan)
-        mark("ready")
-        mark(f"exit {run_job(plan)}")
+        with timestamping_socket():
+            mark("ready")
+            mark(f"exit {run_job(plan)}")
     except Exception as error:
         mark(f"failed {type(error).__name__}: {error}")
     finally:

@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ from devmem_tcp.lab.vm.console import Console
 from devmem_tcp.lab.vm.kernels import Kernel
 from devmem_tcp.lab.vm.networks import NicPlace
 from devmem_tcp.lab.vm.programs import Programs
-from devmem_tcp.lab.vm.relay import Relay, Write
+from devmem_tcp.lab.vm.relay import Relay, Resizes, Write
 
 _BOOT_S: Final = 120.0  # a busy machine without KVM takes 10
 _POWER_OFF_S: Final = 60.0
@@ -111,6 +110,7 @@ class Machine:
         out: Write,
         err: Write,
         source: int | None = None,
+        resizes: Resizes | None = None,
         timeout_s: float | None = None,
         booted: Callable[[], object] = lambda: None,
     ) -> int:
@@ -119,6 +119,7 @@ class Machine:
         Args:
             out, err: given what the job writes.
             source: fd to read the job's input from.
+            resizes: for the job's terminal.
             timeout_s: longest time for the job, from when the guest is ready.
             booted: called when the guest is ready.
 
@@ -130,7 +131,7 @@ class Machine:
             for name, write in (("out", out), ("err", err), (qemu.CONSOLE, self._console.feed)):
                 relay.add_output(self._ends[name], write)
             if source is not None:
-                relay.set_input(source, self._ends["in"])
+                relay.set_input(source, self._ends["in"], resizes)
             self._carry(relay, timeout_s, booted)
         return self._verdict()
 
@@ -153,8 +154,7 @@ class Machine:
                 raise Timeout(self._with_tail(doing, "took too long"), hint=self._log_hint())
 
     def _boot(self, held: contextlib.ExitStack) -> None:
-        sockets = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="devmem-lab-")))
-        root_socket = sockets / "root"
+        root_socket = held.enter_context(processes.socket_folder()) / "root"
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(root_socket))
             listener.listen(1)

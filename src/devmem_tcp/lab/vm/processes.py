@@ -1,17 +1,22 @@
-"""Processes of the lab: started with a log of their own, ended with this one, whatever ends it."""
+"""Processes of the lab, each with a log of its own, and folders for their sockets: gone with this one."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 _GRACE_S: Final = 5.0  # from being asked to end to being killed
+_FOLDER_PREFIX: Final = "devmem-lab-"
+_UNLOCKED_S: Final = 10.0  # a younger folder may be about to be locked
 
 
 @contextlib.contextmanager
@@ -61,6 +66,36 @@ def tail(log: Path, lines: int) -> str:
             return "".join(deque(text, lines)).rstrip()
     except FileNotFoundError:
         return ""
+
+
+@contextlib.contextmanager
+def socket_folder() -> Iterator[Path]:
+    """Make a folder for UNIX sockets, whose paths have to be short, and remove it at the end of the block.
+
+    It is locked for as long as its process lives. Those of runs that were killed are not, and are removed here.
+    """
+    _remove_abandoned(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=_FOLDER_PREFIX) as name, _locked(Path(name)):
+        yield Path(name)
+
+
+def _remove_abandoned(places: Path) -> None:
+    for folder in places.glob(f"{_FOLDER_PREFIX}*"):
+        with contextlib.suppress(OSError):  # it is in use, another user's, or removed by another run just now
+            if time.time() - folder.stat().st_mtime > _UNLOCKED_S:
+                with _locked(folder):
+                    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder; raises BlockingIOError if somebody else does. Kernel: flock(2)."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _ended_with_parent() -> list[str]:

@@ -65,24 +65,30 @@ def unpacked(root: Path) -> Programs:
     )
 
 
-def brought(qemu: str, tools: Path | None) -> Programs:
-    """Return the user's own QEMU, with the virtiofsd installed on the host.
+def brought(qemu: str, fetched: Programs | None) -> Programs:
+    """Return the user's own QEMU, with the virtiofsd and the tools that were fetched, or else the host's.
 
     Args:
         qemu: path of the program, or a name on PATH.
-        tools: as ``Programs.tools``.
+        fetched: what is in the cache, if it is there.
 
     Raises:
-        DevmemError: one of the two is not there.
+        DevmemError: there is no such QEMU, or no virtiofsd.
     """
     found = shutil.which(qemu)
     if found is None:
         raise DevmemError(f"{qemu}: no such program", hint="--qemu takes the path of qemu-system-x86_64, 10.1 or later")
+    own = (os.path.abspath(found),)
+    if fetched is not None:
+        return Programs(qemu=own, virtiofsd=fetched.virtiofsd, environment={}, tools=fetched.tools)
     places = [path for path in _VIRTIOFSD_PLACES if os.access(path, os.X_OK)]
     virtiofsd = shutil.which("virtiofsd") or next(iter(places), None)
     if virtiofsd is None:
-        raise DevmemError("no virtiofsd on this machine", hint="it goes with your own QEMU: install package virtiofsd")
-    return Programs(qemu=(os.path.abspath(found),), virtiofsd=(virtiofsd,), environment={}, tools=tools)
+        raise DevmemError(
+            "no virtiofsd on this machine, which goes with your own QEMU",
+            hint="devmem-tcp lab setup fetches one; or install package virtiofsd",
+        )
+    return Programs(qemu=own, virtiofsd=(virtiofsd,), environment={}, tools=None)
 
 
 def write_tool_wrappers(root: Path, final_root: Path) -> None:

@@ -30,12 +30,17 @@ _KERNEL_ARGUMENTS: Final = (
 )
 
 
+_ALL_LOW_MIB: Final = 2816  # where a q35 machine has less, all of it lies below 4 GiB; where not …
+_LOW_MIB: Final = 2048  # … this much does, and the rest above: QEMU's hw/i386/pc_q35.c, pc_q35_init
+
+
 @dataclass(frozen=True, kw_only=True)
 class GuestShape:
     """How big a guest is, and what is plugged into it.
 
     ``second_memory`` backs a second NUMA node of ``second_memory_mib`` by that file: memory that NICs reach by DMA and
-    that a process of the host can read.
+    that a process of the host can read. A file of its own is one range of physical addresses, so that an address is an
+    offset in it.
     """
 
     memory_mib: int = 1024
@@ -51,6 +56,12 @@ class GuestShape:
             raise ValueError("a guest needs a processor")
         if (self.second_memory is None) != (self.second_memory_mib == 0):
             raise ValueError("second memory needs a file and a size")
+        whole_mib = self.memory_mib + self.second_memory_mib
+        if self.second_memory is not None and whole_mib >= _ALL_LOW_MIB and self.memory_mib < _LOW_MIB:
+            raise ValueError(
+                f"a second memory behind {self.memory_mib} MiB would lie on both sides of the 4 GiB line: less than "
+                f"{_ALL_LOW_MIB} MiB in all, or {_LOW_MIB} MiB and more before it"
+            )
 
 
 def virtiofsd_command(programs: Programs, listener: int, *, privileged: bool) -> list[str]:
