@@ -337,12 +337,12 @@ class Driver:
 class Pair:
     """Two devices on one wire, and a driver for each; ``a`` sends in these tests."""
 
-    def __init__(self) -> None:
+    def __init__(self, driver: type[Driver] = Driver) -> None:
         switch = Switch()
         memories = GuestMemory(), GuestMemory()
         self.now_s = 0.0
         self.a, self.b = (
-            Driver(
+            driver(
                 Gvnic(
                     mac=bytes.fromhex(mac.replace(":", "")),
                     queues=QUEUES,

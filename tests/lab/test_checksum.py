@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from devmem_tcp.lab.checksum import (
     fill_ip_checksum,
     fill_l4_checksum,
     ones_sum,
+    piece_sums,
     verify_ip,
     verify_l4,
 )
@@ -180,3 +182,14 @@ def test_nothing_is_filled_into_fragments_and_strangers() -> None:
         assert not fill_l4_checksum(frame)
         assert not verify_l4(frame)
         assert frame == before
+
+
+@given(st.binary(min_size=1, max_size=6000), st.integers(1, 2000))
+@example(b"\xff" * 5792, 1448)
+@example(b"\xff" * 5793, 1448)
+@example(bytes(100), 7000)
+def test_the_sums_of_pieces_are_those_of_each(data: bytes, size: int) -> None:
+    pieces = [data[at : at + size] for at in range(0, len(data), size)]
+    sums = piece_sums(data, size)
+    assert sums.dtype == np.int64
+    assert [ones_sum(b"", int(one)) for one in sums] == [ones_sum(piece) for piece in pieces]

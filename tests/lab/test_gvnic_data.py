@@ -238,6 +238,22 @@ def test_key_table_and_hash_types_set_by_the_driver(pair: Pair) -> None:
     assert set(unpack(">128I", pair.b.memory.read(place + 48, 512))) == {3}, "the driver's table stays"
 
 
+def test_a_table_that_names_queues_which_are_gone_loses_no_packet(pair: Pair) -> None:
+    pair.open()
+    place = pair.b.memory.allocate(512)
+    pair.b.memory.write(place, pack(">128I", *(index % QUEUES for index in range(128))))
+    assert pair.b.command(0xA, pack(">HBBHHQQ", 0, 0, 0, 0, 128, 0, place)) == PASSED
+    before = {port: pair.carry(tcp_frame(PATH4, port, 80))[0][0] for port in range(32)}
+    assert set(before.values()) == set(range(QUEUES))
+    for queue in (3, 2):
+        assert pair.b.command(0x8, pack(">I", queue)) == PASSED
+        del pair.b.rx[queue]
+    for port, queue in before.items():
+        pair.a.put_packet(0, tcp_frame(PATH4, port, 80))
+        pair.a.completions(0)
+        assert [found for found in pair.b.rx for _ in pair.b.receive(found)] == [queue % 2]
+
+
 def test_flow_rules_steer(pair: Pair) -> None:
     pair.open()
     unsteered = {path: pair.carry(tcp_frame(path, 9, 5201))[0][0] for path in (PATH4, PATH6)}
@@ -295,7 +311,9 @@ def test_superframes_that_make_no_sense_are_dropped(pair: Pair) -> None:
     nic.deliver(Packet(udp_frame(PATH4, 1, 2, payload(5000)), 1448))
     nic.deliver(Packet(tcp_frame(PATH4, 1, 2, payload(5000)), 1 << 16))
     nic.deliver(Packet(bytes(13)))
-    assert nic.statistics().drops == {"malformed": 3}
+    nic.faults.set(corrupt=1.0)
+    nic.deliver(Packet(b""))
+    assert nic.statistics().drops == {"malformed": 4}
 
 
 def test_a_buffer_out_of_reach_costs_its_packet_alone(pair: Pair) -> None:

@@ -382,6 +382,22 @@ def test_superframes_of_more_than_64_kib(path: Path) -> None:
     assert b"".join(part[parse(part).payload_offset :] for part in parts) == payload
 
 
+def test_a_checksum_of_0_is_written_as_0() -> None:
+    frame = tcp_frame(PATH4, 1, 2, bytes(4))
+    frame = tcp_frame(PATH4, 1, 2, frame[50:52] + bytes(2))  # its own checksum, once more: the sum is 0xffff
+    assert frame[50:52] == b"\0\0"
+    assert segment(frame, 54, 4) == [frame]
+
+
+def test_ids_leave_room_for_the_segments_of_each_piece() -> None:
+    frame = tcp_frame(PATH4, 1, 2, bytes(10_000), identification=0xFFF8)
+    pieces = segment(frame, 54, 4000, ids=5)
+    assert [int.from_bytes(piece[18:20], "big") for piece in pieces] == [0xFFF8, 0xFFFD, 2]
+    assert [segment(piece, 54, 800)[0][18:20] for piece in pieces] == [piece[18:20] for piece in pieces]
+    ends = [(number * 800, int.from_bytes(part[18:20], "big")) for number, part in enumerate(segment(frame, 54, 800))]
+    assert [value for start, value in ends if start % 4000 == 0] == [0xFFF8, 0xFFFD, 2]
+
+
 @pytest.mark.parametrize(
     ("frame", "header_length", "mss", "complaint"),
     [

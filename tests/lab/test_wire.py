@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
@@ -256,6 +256,78 @@ def test_ports_may_go_while_packets_are_on_their_way() -> None:
     assert dict(switch.addresses) == {a.mac: a}  # nothing is learnt of a port that has gone
 
 
+# --- trains ---------------------------------------------------------------------------------------------------------
+
+
+class Station(Jack):
+    """A port that takes trains, and keeps them apart."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.trains: list[list[Packet]] = []
+
+    def deliver_train(self, packets: Sequence[Packet]) -> None:
+        self.trains.append(list(packets))
+        self.got.extend(packets)
+
+
+def stations(count: int) -> tuple[Switch, list[Station]]:
+    """Return a switch, and ports that it has heard of."""
+    switch = Switch()
+    ports = [Station("abcdefgh"[index]) for index in range(count)]
+    for port in ports:
+        switch.attach(port)
+    for port in ports:
+        switch.send(port, packet(BROADCAST, port.mac))
+    for port in ports:
+        port.trains.clear()
+        port.got.clear()
+    return switch, ports
+
+
+def test_neighbours_for_one_port_arrive_together() -> None:
+    switch, (a, b, c) = stations(3)
+    to_b = [packet(b.mac, a.mac, bytes(size)) for size in range(3)]
+    to_c, to_all, to_self = packet(c.mac, a.mac), packet(BROADCAST, a.mac), packet(a.mac, a.mac)
+    switch.send_train(a, [to_b[0], to_b[1], to_c, to_self, to_b[2], to_all, to_b[0]])
+    assert b.trains == [to_b[:2], to_b[2:], [to_all], to_b[:1]]
+    assert c.trains == [[to_c], [to_all]]
+    assert a.trains == []
+
+
+def test_a_port_that_takes_no_trains_gets_packets_one_by_one_and_may_leave() -> None:
+    switch = Switch()
+    a = Jack("a")
+    b = Jack("b", lambda _: switch.detach(b) if len(b.got) == 3 else None)
+    switch.attach(a)
+    switch.attach(b)
+    switch.send(b, packet(a.mac, b.mac))
+    train = [packet(b.mac, a.mac, bytes(size)) for size in range(5)]
+    switch.send_train(a, train)
+    assert b.got == train[:3]
+
+
+def test_taps_see_all_of_one_packets_way_before_the_next() -> None:
+    switch, (a, b) = stations(2)
+    seen: list[tuple[str, Direction, Packet]] = []
+    switch.add_tap(lambda port, direction, passing: seen.append((port.name, direction, passing)))
+    train = [packet(b.mac, a.mac, bytes(size)) for size in range(3)]
+    switch.send_train(a, train)
+    assert seen == [step for one in train for step in (("a", Direction.SENT, one), ("b", Direction.DELIVERED, one))]
+    assert b.got == train
+
+
+def test_a_train_has_its_short_packets_dropped() -> None:
+    switch, (a, b) = stations(2)
+    good = packet(b.mac, a.mac)
+    switch.send_train(a, [Packet(bytes(13)), good, Packet(b"")])
+    switch.send_train(a, [])
+    assert b.trains == [[good]]
+    assert switch.counters[a].dropped == 2
+    with pytest.raises(ValueError, match="no port 'x'"):
+        switch.send_train(Station("x"), [good])
+
+
 # --- taps ------------------------------------------------------------------------------------------------------------
 
 
@@ -311,3 +383,25 @@ def test_any_traffic_reaches_whom_it_should(traffic: list[tuple[int, bytes, byte
     delivered = sum(one.delivered_packets for one in counters)
     flooded, filtered = sum(one.flooded for one in counters), sum(one.filtered for one in counters)
     assert delivered == 3 * flooded + (len(traffic) - flooded - filtered)
+
+
+ends = st.sampled_from([BROADCAST, *(Jack(name).mac for name in "abcd")])
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.lists(ends, max_size=6)), max_size=12), st.booleans())
+def test_trains_are_as_good_as_packets(traffic: list[tuple[int, list[bytes]]], tapped: bool) -> None:
+    """The same packets, in trains to ports that take them or one by one, arrive alike, in order, and count alike."""
+    together, apart = Switch(), Switch()
+    takers, jacks = [Station(name) for name in "abcd"], [Jack(name) for name in "abcd"]
+    for taker, jack in zip(takers, jacks, strict=True):
+        together.attach(taker)
+        apart.attach(jack)
+    if tapped:
+        together.add_tap(lambda port, direction, passing: None)
+    for index, destinations in traffic:
+        train = [packet(destination, jacks[index].mac) for destination in destinations]
+        together.send_train(takers[index], train)
+        for one in train:
+            apart.send(jacks[index], one)
+    assert [taker.got for taker in takers] == [jack.got for jack in jacks]
+    assert list(together.counters.values()) == list(apart.counters.values())

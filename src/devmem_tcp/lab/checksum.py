@@ -11,6 +11,7 @@ from struct import Struct
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from devmem_tcp.lab.frames import (
     PROTOCOL_ICMP,
@@ -57,10 +58,26 @@ def _large_sum(data: FrameBytes, size: int) -> int:
     16-bit number is to multiply it by 256, modulo 65535.
     """
     words, rest = divmod(size, _LITTLE_U32.itemsize)
-    swapped = int(np.add.reduce(np.frombuffer(data, _LITTLE_U32, words), dtype=np.uint64))
+    swapped = int(np.add.reduce(np.frombuffer(data, _LITTLE_U32, words)))  # NumPy adds them up in 64 bits
     if rest:
         swapped += int.from_bytes(data[size - rest :], "little")
     return swapped << 8
+
+
+def piece_sums(data: FrameBytes, size: int) -> npt.NDArray[np.int64]:
+    """Return the sums, not folded, of pieces of ``size`` bytes each; the last takes what is left. Shape (pieces,).
+
+    Args:
+        data: the bytes to cut up.
+        size: positive. Pieces of a multiple of 4 bytes are summed at the speed of NumPy, others one by one.
+    """
+    if size % _LITTLE_U32.itemsize:
+        return np.array([ones_sum(data[at : at + size]) for at in range(0, len(data), size)], np.int64)
+    whole, words = len(data) // size, size // _LITTLE_U32.itemsize
+    pieces = np.frombuffer(data, _LITTLE_U32, whole * words).reshape(whole, words)
+    sums = np.add.reduce(pieces, axis=1, dtype=np.int64) << 8  # as in _large_sum
+    rest = data[whole * size :]
+    return np.append(sums, ones_sum(rest)) if rest else sums
 
 
 def checksum(data: FrameBytes, start: int = 0) -> int:
@@ -139,10 +156,10 @@ def fill_ip_checksum(frame: bytearray | memoryview, parsed: ParsedFrame | None =
 
 
 def _l4_sum(frame: FrameBytes, parsed: ParsedFrame) -> int:
-    start = 0
+    start, size, total = parsed.l4_offset, parsed.l4_bytes, 0
     if parsed.protocol != PROTOCOL_ICMP:
-        start = pseudo_header_sum(parsed.src, parsed.dst, parsed.protocol, parsed.l4_bytes)
-    return ones_sum(memoryview(frame)[parsed.l4_offset : parsed.l4_offset + parsed.l4_bytes], start)
+        total = pseudo_header_sum(parsed.src, parsed.dst, parsed.protocol, size)
+    return ones_sum(memoryview(frame)[start : start + size], total)
 
 
 def _checksum_field(frame: FrameBytes, parsed: ParsedFrame) -> FrameBytes:

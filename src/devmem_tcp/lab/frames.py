@@ -97,7 +97,7 @@ class ParsedFrame(NamedTuple):
     @property
     def l4_offset(self) -> int:
         """Where the transport header starts."""
-        return self.l2_length + self.l3_length
+        return self.payload_offset - self.l4_length
 
     @property
     def l4_bytes(self) -> int:
@@ -105,16 +105,9 @@ class ParsedFrame(NamedTuple):
         return self.l4_length + self.payload_length
 
 
-class _Network(NamedTuple):
-    """What the network layer says: its headers' length, where its packet ends, and the fields of ParsedFrame."""
-
-    version: int
-    protocol: int
-    src: bytes
-    dst: bytes
-    fragment: bool
-    l3_length: int
-    end: int
+_Network: TypeAlias = tuple[int, int, bytes, bytes, bool, int, int]
+"""What the network layer says: version, protocol, src, dst, fragment and l3_length of ParsedFrame, and where the packet
+ends. A plain tuple, since one is made of every packet."""
 
 
 def parse(frame: FrameBytes, *, superframe: bool = False) -> ParsedFrame:
@@ -180,7 +173,7 @@ def _read_ipv4(frame: FrameBytes, offset: int, superframe: bool) -> _Network | N
         total = available
     if version_and_length >> 4 != 4 or not _IPV4_MIN_BYTES <= header_bytes <= total <= available:
         return None
-    return _Network(4, protocol, src, dst, fragment & _IPV4_FRAGMENT_BITS != 0, header_bytes, offset + total)
+    return 4, protocol, src, dst, fragment & _IPV4_FRAGMENT_BITS != 0, header_bytes, offset + total
 
 
 def _read_ipv6(frame: FrameBytes, offset: int, superframe: bool) -> _Network | None:
@@ -197,7 +190,7 @@ def _read_ipv6(frame: FrameBytes, offset: int, superframe: bool) -> _Network | N
     fragment = False
     if protocol in _EXTENSIONS:
         protocol, start, fragment = _skip_extensions(frame, protocol, start, end)
-    return _Network(6, protocol, src, dst, fragment, start - offset, end)
+    return 6, protocol, src, dst, fragment, start - offset, end
 
 
 def _skip_extensions(frame: FrameBytes, protocol: int, offset: int, end: int) -> tuple[int, int, bool]:
@@ -229,7 +222,7 @@ def _read_arp(frame: FrameBytes, offset: int) -> _Network | None:
     hardware, network, hardware_bytes, network_bytes, sender, target = _ARP.unpack_from(frame, offset)
     if (hardware, network, hardware_bytes, network_bytes) != _ARP_KIND:
         return None
-    return _Network(0, 0, sender, target, False, _ARP_BYTES, offset + _ARP_BYTES)
+    return 0, 0, sender, target, False, _ARP_BYTES, offset + _ARP_BYTES
 
 
 def _read_transport(frame: FrameBytes, version: int, protocol: int, offset: int, end: int) -> tuple[int, int, int, int]:

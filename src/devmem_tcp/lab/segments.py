@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from struct import Struct
-from typing import Final
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
 
 from devmem_tcp.errors import DevmemError
-from devmem_tcp.lab.checksum import MAX_SUM, ones_sum, pseudo_header_sum
+from devmem_tcp.lab.checksum import MAX_SUM, ones_sum, piece_sums, pseudo_header_sum
 from devmem_tcp.lab.frames import PROTOCOL_TCP, FrameBytes, ParsedFrame, parse
 
 MAX_SEGMENTS: Final = 4096
@@ -14,11 +17,6 @@ MAX_SEGMENTS: Final = 4096
 
 _MAX_IP_LENGTH: Final = 0xFFFF
 _IPV6_BYTES: Final = 40  # not counted by its payload length
-
-_U16: Final = Struct("!H")
-_LENGTH_AND_ID: Final = Struct("!HH")
-_U32: Final = Struct("!I")
-_SEQUENCE_MODULUS: Final = 1 << 32
 
 _FIN: Final = 0x01
 _PSH: Final = 0x08
@@ -29,7 +27,7 @@ class SegmentError(DevmemError):
     """A frame cannot be segmented as asked: not TCP, headers of another length, an MSS out of range."""
 
 
-def segment(frame: FrameBytes, header_length: int, mss: int) -> list[bytes]:
+def segment(frame: FrameBytes, header_length: int, mss: int, *, ids: int = 1) -> list[bytes]:
     """Cut a TCP superframe into the frames that go on the wire; lengths, numbers, flags and checksums are made right.
 
     What each frame has of its own: IPv4's id counts up; TCP's sequence number goes on by the payload before it; FIN
@@ -40,6 +38,7 @@ def segment(frame: FrameBytes, header_length: int, mss: int) -> list[bytes]:
         frame: an Ethernet frame of TCP over IPv4 or IPv6, up to any length.
         header_length: bytes of all its headers, Ethernet's to TCP's, as the sender states them.
         mss: payload bytes of every frame but the last.
+        ids: how far IPv4's id goes on from frame to frame: more than 1 where each is a smaller superframe itself.
 
     Raises:
         SegmentError: the frame is not whole, valid TCP; its headers are not ``header_length`` long; ``mss`` is not
@@ -47,10 +46,9 @@ def segment(frame: FrameBytes, header_length: int, mss: int) -> list[bytes]:
     """
     parsed = parse(frame, superframe=True)
     _check(parsed, header_length, mss)
-    headers = _Headers(bytearray(frame[:header_length]), parsed)
     payload = memoryview(frame)[header_length : header_length + parsed.payload_length]
-    last = max(len(payload) - 1, 0) // mss
-    return [headers.join(index, index * mss, payload[index * mss :][:mss], index == last) for index in range(last + 1)]
+    headers = _headers(bytes(frame[:header_length]), parsed, payload, mss, ids)
+    return [b"".join((header, payload[index * mss : (index + 1) * mss])) for index, header in enumerate(headers)]
 
 
 def _check(parsed: ParsedFrame, header_length: int, mss: int) -> None:
@@ -68,56 +66,57 @@ def _check(parsed: ParsedFrame, header_length: int, mss: int) -> None:
         raise SegmentError(f"{payload_bytes} bytes by an MSS of {mss} are more than {MAX_SEGMENTS} segments")
 
 
-class _Headers:
-    """The headers of a superframe, from which those of each segment are made.
+@lru_cache(maxsize=64)
+def _own_fields(version: int, ip: int, tcp: int, header_length: int) -> np.dtype[Any]:
+    """Return the layout of headers as far as each segment has its own; IP's start at ``ip``, TCP's at ``tcp``."""
+    fields = {"sequence": (">u4", tcp + 4), "flags": ("u1", tcp + 13), "tcp_checksum": (">u2", tcp + 16)}
+    if version == 4:
+        fields |= {"ip_length": (">u2", ip + 2), "id": (">u2", ip + 4), "ip_checksum": (">u2", ip + 10)}
+    else:
+        fields |= {"ip_length": (">u2", ip + 4)}
+    formats, offsets = zip(*fields.values(), strict=True)
+    return np.dtype({"names": list(fields), "formats": formats, "offsets": offsets, "itemsize": header_length})
 
-    Sums of what all segments share are taken once, with the fields that differ at 0. Each segment's checksums then
-    need its own fields and payload alone.
+
+def _headers(header: bytes, parsed: ParsedFrame, payload: memoryview, mss: int, ids: int) -> list[bytes]:
+    """Return the headers of every segment, made of the superframe's.
+
+    What all segments share is summed once, with the fields that differ at 0. Each one's checksums then need its own
+    fields and payload alone.
     """
+    ip, tcp = parsed.l2_length, parsed.l4_offset
+    own = _own_fields(parsed.version, ip, tcp, len(header))
+    shared = bytearray(header)
+    first = np.frombuffer(header, own)[0]
+    blank = np.frombuffer(shared, own)
+    for name in own.fields or ():
+        blank[name] = 0
 
-    def __init__(self, headers: bytearray, parsed: ParsedFrame) -> None:
-        self._headers = headers
-        self._parsed = parsed
-        self._ip = parsed.l2_length
-        self._tcp = parsed.l4_offset
-        self._flags = headers[self._tcp + 13]
-        self._first_sequence: int = _U32.unpack_from(headers, self._tcp + 4)[0]
+    payload_sums = piece_sums(payload, mss) if payload else np.zeros(1, np.int64)
+    index = np.arange(len(payload_sums))
+    l4_bytes = parsed.l4_length + np.minimum(mss, len(payload) - index * mss)
+    sequence = int(first["sequence"]) + index * mss & 0xFFFFFFFF
+    flags = np.full(len(index), int(first["flags"]))
+    flags[1:] &= ~_CWR
+    flags[:-1] &= ~(_FIN | _PSH)
 
-        _U32.pack_into(headers, self._tcp + 4, 0)
-        headers[self._tcp + 13] = 0
-        _U16.pack_into(headers, self._tcp + 16, 0)
-        pseudo = pseudo_header_sum(parsed.src, parsed.dst, PROTOCOL_TCP, 0)
-        self._tcp_sum = ones_sum(headers[self._tcp :], pseudo)
-        if parsed.version == 4:
-            self._first_id: int = _U16.unpack_from(headers, self._ip + 4)[0]
-            _LENGTH_AND_ID.pack_into(headers, self._ip + 2, 0, 0)
-            _U16.pack_into(headers, self._ip + 10, 0)
-            self._ip_sum = ones_sum(headers[self._ip : self._tcp])
+    rows = np.frombuffer(shared * len(index), own)
+    rows["sequence"] = sequence
+    rows["flags"] = flags
+    tcp_sum = ones_sum(shared[tcp:], pseudo_header_sum(parsed.src, parsed.dst, PROTOCOL_TCP, 0))
+    rows["tcp_checksum"] = _checksums(tcp_sum + l4_bytes + sequence + flags + payload_sums)
+    if parsed.version == 4:
+        ip_bytes = parsed.l3_length + l4_bytes
+        identification = int(first["id"]) + index * ids & 0xFFFF
+        rows["ip_length"] = ip_bytes
+        rows["id"] = identification
+        rows["ip_checksum"] = _checksums(ones_sum(shared[ip:tcp]) + ip_bytes + identification)
+    else:
+        rows["ip_length"] = parsed.l3_length + l4_bytes - _IPV6_BYTES
+    made = rows.tobytes()
+    return [made[at : at + len(header)] for at in range(0, len(made), len(header))]
 
-    def join(self, index: int, offset: int, payload: memoryview, last: bool) -> bytes:
-        """Return the frame of segment ``index``, whose payload starts at ``offset`` of the superframe's."""
-        headers, tcp = self._headers, self._tcp
-        l4_bytes = self._parsed.l4_length + len(payload)
-        self._write_ip(index, self._parsed.l3_length + l4_bytes)
 
-        sequence = (self._first_sequence + offset) % _SEQUENCE_MODULUS
-        flags = self._flags
-        if index > 0:
-            flags &= ~_CWR
-        if not last:
-            flags &= ~(_FIN | _PSH)
-        _U32.pack_into(headers, tcp + 4, sequence)
-        headers[tcp + 13] = flags  # the low byte of its 16-bit word
-        tcp_sum = ones_sum(payload, self._tcp_sum + l4_bytes + sequence + flags)
-        _U16.pack_into(headers, tcp + 16, MAX_SUM ^ tcp_sum)
-        return b"".join((headers, payload))
-
-    def _write_ip(self, index: int, ip_bytes: int) -> None:
-        headers, ip = self._headers, self._ip
-        if self._parsed.version == 6:
-            _U16.pack_into(headers, ip + 4, ip_bytes - _IPV6_BYTES)
-            return
-        identification = (self._first_id + index) & 0xFFFF
-        _LENGTH_AND_ID.pack_into(headers, ip + 2, ip_bytes, identification)
-        header_sum = ones_sum(b"", self._ip_sum + ip_bytes + identification)
-        _U16.pack_into(headers, ip + 10, MAX_SUM ^ header_sum)
+def _checksums(sums: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return what checksum fields must hold, from sums not folded; none of these is 0, since a length is in it."""
+    return MAX_SUM - 1 - (sums - 1) % MAX_SUM

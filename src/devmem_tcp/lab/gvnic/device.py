@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from devmem_tcp.lab.dma import DmaSpace
@@ -201,31 +201,39 @@ class Gvnic:
 
     def deliver(self, packet: Packet) -> None:
         """Take a packet from the wire."""
-        if not self._link_up:
-            self._drops["link_down"] += 1
-        elif len(packet.data) < ETHERNET_BYTES:
+        if self._link_up and len(packet.data) < ETHERNET_BYTES:
             self._drops["malformed"] += 1
-        elif not self.faults.settings.touches_packets:
-            self._receiver.receive(packet)
-        elif packet.gso_size and self.faults.settings.hits_single_packets:
-            for frame in self._receiver.cut(packet, parse(packet.data, superframe=True)):
-                self._deliver_faulty(frame)
         else:
-            self._deliver_faulty(packet)
+            self.deliver_train((packet,))
+
+    def deliver_train(self, packets: Sequence[Packet]) -> None:
+        """Take packets from the wire, in order; each has an Ethernet header, which the switch has seen to."""
+        settings = self.faults.settings
+        if not self._link_up:
+            self._drops["link_down"] += len(packets)
+        elif not settings.touches_packets:
+            self._receiver.receive(packets)
+        else:
+            for packet in packets:
+                if packet.gso_size and settings.hits_single_packets:
+                    for frame in self._receiver.cut(packet, parse(packet.data, superframe=True)):
+                        self._deliver_faulty(frame)
+                else:
+                    self._deliver_faulty(packet)
 
     def _deliver_faulty(self, packet: Packet) -> None:
         now_s = self._clock()
         for due_s, arrival in self.faults.arrivals(packet, now_s):
             if due_s <= now_s:
-                self._receiver.receive(arrival)
+                self._receiver.receive((arrival,))
             elif not self._late.add(due_s, arrival):
                 self._drops["too_many_late"] += 1
 
-    def _send(self, packet: Packet) -> None:
+    def _send(self, packets: Sequence[Packet]) -> None:
         if self._link_up and not self._closed:
-            self._switch.send(self, packet)
+            self._switch.send_train(self, packets)
         else:
-            self._drops["tx_link_down"] += 1
+            self._drops["tx_link_down"] += len(packets)
 
     # --- towards the lab --------------------------------------------------------------------------------------------
 
@@ -259,7 +267,7 @@ class Gvnic:
         now_s = self._clock()
         for packet in self._late.pop_due(now_s):
             if self._link_up:
-                self._receiver.receive(packet)
+                self._receiver.receive((packet,))
             else:
                 self._drops["link_down"] += 1
         deadline_s = self.deadline_s()

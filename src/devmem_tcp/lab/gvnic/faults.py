@@ -59,6 +59,11 @@ class FaultSettings:
         """Whether chance picks packets, so that a superframe must be cut before: on a wire there are none."""
         return bool(self.drop or self.corrupt or self.duplicate or self.reorder)
 
+    @property
+    def touches_splits(self) -> bool:
+        """Whether packets may be split elsewhere than behind their headers."""
+        return bool(self.unsplit_every or self.header_payload_bytes)
+
 
 class Faults:
     """The faults of one NIC: settings that may change at any time, and what has happened because of them.

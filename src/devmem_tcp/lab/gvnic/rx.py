@@ -8,6 +8,7 @@ were posted, and every buffer gets one completion.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from devmem_tcp.lab.dma import DmaError, DmaSpace
@@ -105,49 +106,68 @@ class RxQueue:
         except DmaError as error:
             self._mistakes.note("rx-ring", f"RX queue {self.id}: {error}")
 
-    def receive(self, data: FrameBytes, header_bytes: int, tag: RxTag, withheld: int = 0) -> bool:
-        """Write one packet to the next buffers and tell the driver; or drop it, if there are too few.
+    def receive(self, frames: Sequence[FrameBytes], header_bytes: int, tag: RxTag, withheld: int = 0) -> int:
+        """Write frames to the next buffers and tell the driver, once; drop those for which there are too few.
 
         Args:
-            data: the frame, or superframe.
-            header_bytes: so many of its bytes go to the header buffer; 0: the packet is not split.
-            tag: what the driver is told about it.
+            frames: or one superframe.
+            header_bytes: so many bytes of each go to the header buffer; 0: they are not split.
+            tag: what the driver is told about each of them.
             withheld: so many of the buffers posted are not to be used.
 
         Returns:
-            False if there were too few buffers or no place for completions.
+            How many were written.
         """
-        view = memoryview(data)
-        payload = view[header_bytes:]
+        completions: list[list[int]] = []
+        received = 0
+        for frame in frames:
+            received += self._write(memoryview(frame), header_bytes, tag, withheld, completions)
+        if completions:
+            try:
+                self._completions.write(completions)
+            except DmaError as error:
+                self._mistakes.note("rx-ring", f"RX queue {self.id}: {error}")
+            else:
+                self._block.event()
+        return received
+
+    def _write(
+        self, frame: memoryview, header_bytes: int, tag: RxTag, withheld: int, completions: list[list[int]]
+    ) -> bool:
+        """Write one frame and append its completions, one for each buffer used; False: it was dropped."""
+        payload = frame[header_bytes:]
         size, step = len(payload), self._buffer_bytes
-        posted = self._posted
+        posted, write = self._posted, self._dma.write
         # No payload takes a buffer all the same: there is one completion a buffer, and none without.
         if (-(-size // step) or 1) > len(posted) - withheld:
             self.drops += 1
             self.drops_no_buffer += 1
             return False
-        packet_type, status, errors, hash_value, segment_bytes = tag
+        kind, status, errors, hash_value, segment_bytes = tag
         first_word = rsc = dqo.RX_RSC if segment_bytes else 0
         status |= _DONE
         entries = []
         try:
             if header_bytes:
                 first_word |= header_bytes | dqo.RX_SPLIT
-                self._dma.write(posted[0][2], view[:header_bytes])
+                write(posted[0][2], frame[:header_bytes])
             for start in range(0, size or 1, step):
                 buffer_id, address, _ = posted.popleft()
-                entries.append([_KIND, errors, packet_type, step, rsc, status, buffer_id, segment_bytes, hash_value])
-                self._dma.write(address, payload[start : start + step])
+                entries.append([_KIND, errors, kind, step, rsc, status, buffer_id, segment_bytes, hash_value])
+                write(address, payload[start : start + step])
         except DmaError as error:
             self._mistakes.note("rx-buffer", f"RX queue {self.id}: {error}")
             self._fail(entries)
+            written = False
         else:
             self.packets += 1
-            self.bytes += len(data)
+            self.bytes += len(frame)
             entries[0][_HEADER_FIELD] = first_word
             entries[-1][_LENGTH_FIELD] = size - step * (len(entries) - 1)
+            written = True
         entries[-1][_STATUS_FIELD] |= _LAST
-        return self._complete(entries)
+        completions += entries
+        return written
 
     def _fail(self, entries: list[list[int]]) -> None:
         """Turn a packet that could not be written into one that the driver is to drop, of the buffers used so far."""
@@ -157,12 +177,3 @@ class RxQueue:
             entries.append([_KIND, 0, 0, 0, 0, _DONE, buffer_id, 0, 0])
         for entry in entries:
             entry[_ERROR_FIELD] |= _RX_ERROR
-
-    def _complete(self, entries: list[list[int]]) -> bool:
-        try:
-            self._completions.write(entries)
-        except DmaError as error:
-            self._mistakes.note("rx-ring", f"RX queue {self.id}: {error}")
-            return False
-        self._block.event()
-        return True

@@ -11,8 +11,7 @@ from devmem_tcp.lab.gvnic.mistakes import Mistakes
 from devmem_tcp.lab.gvnic.rx import RxQueue
 from devmem_tcp.lab.gvnic.statistics import StatsReport
 from devmem_tcp.lab.gvnic.steering import QueueChoice
-from devmem_tcp.lab.gvnic.tx import TxQueue
-from devmem_tcp.lab.wire import Packet
+from devmem_tcp.lab.gvnic.tx import SendTrain, TxQueue
 
 
 class DeviceState:
@@ -26,11 +25,11 @@ class DeviceState:
         queues: how many TX queues, and how many RX queues, there can be.
         mtu: the largest MTU, in bytes.
         mistakes: where the driver's mistakes are counted.
-        send: takes each packet that is sent.
+        send: takes the packets that are sent.
     """
 
     def __init__(
-        self, dma: DmaSpace, *, mac: bytes, queues: int, mtu: int, mistakes: Mistakes, send: Callable[[Packet], None]
+        self, dma: DmaSpace, *, mac: bytes, queues: int, mtu: int, mistakes: Mistakes, send: SendTrain
     ) -> None:
         self.dma: Final = dma
         self.mac: Final = mac

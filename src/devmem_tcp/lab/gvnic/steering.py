@@ -48,6 +48,7 @@ class QueueChoice:
         self.rules: Final = FlowRules(self.model.ntuple)
         self.hash_types = ALL_HASH_TYPES
         self._table_set = False
+        self._spread = queues
         self._flows: dict[_Flow, tuple[int, int]] = {}
         self._flows_version = -1
 
@@ -74,8 +75,15 @@ class QueueChoice:
         self._flows.clear()
 
     def spread_over(self, queues: int) -> None:
-        """Make RSS spread over the first ``queues`` queues, unless the driver has set a table."""
-        if queues and not self._table_set:
+        """Make RSS spread over the first ``queues`` queues; a table that the driver has set is folded onto them.
+
+        Kernel: gve_set_channels leaves the table of ``ethtool -X default`` as it is when there are fewer queues then.
+        """
+        if not queues:
+            return
+        self._spread = queues
+        self._flows.clear()
+        if not self._table_set:
             self.model.set_table(IndirectionTable.default(queues, RSS_TABLE_SIZE))
 
     def choose(self, parsed: ParsedFrame) -> tuple[int, int]:
@@ -97,7 +105,7 @@ class QueueChoice:
             table = self.rules.tcp if parsed.is_tcp else self.rules.udp
             family = Family.TCP4 if parsed.version == 4 else Family.TCP6
             queue = table.match(family, parsed.src, parsed.dst, parsed.sport, parsed.dport)
-        return self.model.table.queue_for(hash_value) if queue is None else queue, hash_value
+        return self.model.table.queue_for(hash_value) % self._spread if queue is None else queue, hash_value
 
     def _hash(self, parsed: ParsedFrame) -> int:
         four, six = parsed.version == 4, parsed.version == 6
