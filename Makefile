@@ -2,7 +2,7 @@
 # ARGS= goes to the command itself: make demo ARGS="--file x.iso", make test ARGS="-k tokens".
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench lab clean
+.PHONY: help demo test lint bench lab lab-soak clean
 MAKEFLAGS += --no-print-directory
 
 help:
@@ -11,6 +11,7 @@ help:
 	@echo "make lint    the same without the tests"
 	@echo "make bench   measure the software backend on loopback against plain C and plain Python (bench/README.md)"
 	@echo "make lab     boot a real kernel on NICs written in Python, and move data by devmem TCP in it (docs/lab.md)"
+	@echo "make lab-soak  one minute of traffic in the lab while its NICs and their driver are changed in every way"
 	@echo "make clean   remove what the others made: .venv, caches, build outputs"
 	@echo 'ARGS="..." goes to the command: make demo ARGS="--file some.iso", make test ARGS="-k tokens"'
 
@@ -35,6 +36,10 @@ bench:
 lab:
 	@tools/setup.sh core
 	@tools/lab.sh full
+
+lab-soak:
+	@tools/setup.sh core
+	@tools/lab.sh soak $(ARGS)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist bench/build
