@@ -14,13 +14,12 @@ if TYPE_CHECKING:
     from devmem_tcp.types import ProbeReport
 
 ETOOSMALL = 525  # kernel-internal, include/linux/errno.h; has no name in the errno module
+_KERNEL_NAMES = {ETOOSMALL: "ETOOSMALL", _errno.EOPNOTSUPP: "EOPNOTSUPP"}  # the latter is ENOTSUP, too, to Python
 
 
 def errno_name(number: int) -> str:
-    """Return the symbolic name of an errno, for instance ``EINVAL``; knows the kernel's own ETOOSMALL too."""
-    if number == ETOOSMALL:
-        return "ETOOSMALL"
-    return _errno.errorcode.get(number, f"errno {number}")
+    """Return the symbolic name of an errno, as the kernel calls it, for instance ``EINVAL``."""
+    return _KERNEL_NAMES.get(number) or _errno.errorcode.get(number, f"errno {number}")
 
 
 class DevmemError(Exception):
@@ -158,6 +157,10 @@ class BackendFallbackWarning(UserWarning):
 
 class SteeringWarning(UserWarning):
     """A flow goes to no bound queue, so its payload lands in host memory; the text says why and how to mend it."""
+
+
+class SettingWarning(UserWarning):
+    """A NIC setting was made less exact than asked for, or was left as someone else has it; the text says which."""
 
 
 class StarvationWarning(ResourceWarning):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from devmem_tcp import types
-from devmem_tcp.uapi import dmabuf, errqueue, socket
+from devmem_tcp.uapi import dmabuf, errqueue, netlink, socket
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "uapi_abi.c"
@@ -69,6 +69,41 @@ DMABUF_NAMES = [
     "DMA_BUF_SYNC_START",
     "DMA_BUF_SYNC_END",
 ]
+NETLINK_NAMES = [
+    "NETLINK_GENERIC",
+    "SOL_NETLINK",
+    "NETLINK_CAP_ACK",
+    "NETLINK_EXT_ACK",
+    "NLMSG_NOOP",
+    "NLMSG_ERROR",
+    "NLMSG_DONE",
+    "NLMSG_MIN_TYPE",
+    "NLM_F_REQUEST",
+    "NLM_F_MULTI",
+    "NLM_F_ACK",
+    "NLM_F_DUMP_INTR",
+    "NLM_F_DUMP",
+    "NLM_F_CAPPED",
+    "NLM_F_ACK_TLVS",
+    "NLA_F_NESTED",
+    "NLA_F_NET_BYTEORDER",
+    "NLMSGERR_ATTR_MSG",
+    "NLMSGERR_ATTR_OFFS",
+    "NLMSGERR_ATTR_POLICY",
+    "NLMSGERR_ATTR_MISS_TYPE",
+    "NLMSGERR_ATTR_MISS_NEST",
+    "NL_POLICY_TYPE_ATTR_MIN_VALUE_S",
+    "NL_POLICY_TYPE_ATTR_MAX_VALUE_S",
+    "NL_POLICY_TYPE_ATTR_MIN_VALUE_U",
+    "NL_POLICY_TYPE_ATTR_MAX_VALUE_U",
+    "NL_POLICY_TYPE_ATTR_MIN_LENGTH",
+    "NL_POLICY_TYPE_ATTR_MAX_LENGTH",
+    "GENL_ID_CTRL",
+    "CTRL_CMD_GETFAMILY",
+    "CTRL_ATTR_FAMILY_ID",
+    "CTRL_ATTR_FAMILY_NAME",
+    "CTRL_ATTR_VERSION",
+]
 
 
 def parse_golden(text: str) -> dict[str, str]:
@@ -101,7 +136,12 @@ def our_numbers() -> dict[str, int]:
     numbers = {name: getattr(socket, name) for name in SOCKET_NAMES}
     numbers |= {name: getattr(errqueue, name) for name in ERRQUEUE_NAMES}
     numbers |= {name: getattr(dmabuf, name) for name in DMABUF_NAMES}
+    numbers |= {name: getattr(netlink, name) for name in NETLINK_NAMES}
     numbers |= {
+        "(__u16)NLA_TYPE_MASK": netlink.NLA_TYPE_MASK,
+        "sizeof(struct nlmsghdr)": netlink.NLMSGHDR.size,
+        "sizeof(struct genlmsghdr)": netlink.GENLMSGHDR.size,
+        "sizeof(struct nlattr)": netlink.NLATTR.size,
         "UIO_MAXIOV": socket.MAX_IOVECS,
         "CMSG_LEN(0)": socket.CMSG_HEADER_SIZE,
         "CMSG_LEN(24)": socket.CMSG_HEADER_SIZE + socket.DMABUF_CMSG.size,
@@ -132,6 +172,9 @@ def our_bytes() -> dict[str, bytes]:
     icmp = errqueue.SOCK_EXTENDED_ERR.pack(111, 2, 0, 0, 0, 1, 2)
     completion = errqueue.pack_completion(0xFFFFFFFE, 7, code=errqueue.SO_EE_CODE_ZEROCOPY_COPIED)
     allocation = dmabuf.pack_dma_heap_allocation_data(0x140000000)
+    name = netlink.attr(netlink.CTRL_ATTR_FAMILY_NAME | netlink.NLA_F_NESTED, b"netde\0")
+    flags = netlink.NLM_F_REQUEST | netlink.NLM_F_ACK
+    family = netlink.generic(netlink.CTRL_CMD_GETFAMILY, 2, name)
     inq = [foreign_cmsg(struct.pack("<I", number), level=6, kind=36) for number in (77, 78)]
     return {
         "cmsghdr": header,
@@ -148,6 +191,7 @@ def our_bytes() -> dict[str, bytes]:
         "receive control mixed": uniform[:120] + inq[0] + uniform[120:] + inq[1],
         "errqueue control ipv4": errqueue.build_errqueue(IPV4_COMPLETIONS, level=errqueue.SOL_IP),
         "errqueue control ipv6": ipv6,
+        "netlink request": netlink.message(netlink.GENL_ID_CTRL, flags, 0x01020304, family, port=0x05060708),
         "errqueue control mixed": ipv6 + foreign_cmsg(icmp, level=0, kind=11) + inq[0],
     }
 

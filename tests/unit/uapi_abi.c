@@ -22,6 +22,8 @@
 #include <linux/dma-buf.h>
 #include <linux/dma-heap.h>
 #include <linux/errqueue.h>
+#include <linux/genetlink.h>
+#include <linux/netlink.h>
 #include <linux/udmabuf.h>
 
 #ifndef SO_DEVMEM_DONTNEED
@@ -276,6 +278,67 @@ static void print_errqueue_control(void)
 	print_bytes("errqueue control mixed", control.bytes, control.size);
 }
 
+static void print_netlink_constants(void)
+{
+	PRINT_NUMBER(NETLINK_GENERIC);
+	PRINT_NUMBER(SOL_NETLINK);
+	PRINT_NUMBER(NETLINK_CAP_ACK);
+	PRINT_NUMBER(NETLINK_EXT_ACK);
+	PRINT_NUMBER(NLMSG_NOOP);
+	PRINT_NUMBER(NLMSG_ERROR);
+	PRINT_NUMBER(NLMSG_DONE);
+	PRINT_NUMBER(NLMSG_MIN_TYPE);
+	PRINT_NUMBER(NLM_F_REQUEST);
+	PRINT_NUMBER(NLM_F_MULTI);
+	PRINT_NUMBER(NLM_F_ACK);
+	PRINT_NUMBER(NLM_F_DUMP_INTR);
+	PRINT_NUMBER(NLM_F_DUMP);
+	PRINT_NUMBER(NLM_F_CAPPED);
+	PRINT_NUMBER(NLM_F_ACK_TLVS);
+	PRINT_NUMBER(NLA_F_NESTED);
+	PRINT_NUMBER(NLA_F_NET_BYTEORDER);
+	PRINT_NUMBER((__u16)NLA_TYPE_MASK);
+	PRINT_NUMBER(NLMSGERR_ATTR_MSG);
+	PRINT_NUMBER(NLMSGERR_ATTR_OFFS);
+	PRINT_NUMBER(NLMSGERR_ATTR_POLICY);
+	PRINT_NUMBER(NLMSGERR_ATTR_MISS_TYPE);
+	PRINT_NUMBER(NLMSGERR_ATTR_MISS_NEST);
+	PRINT_NUMBER(NL_POLICY_TYPE_ATTR_MIN_VALUE_S);
+	PRINT_NUMBER(NL_POLICY_TYPE_ATTR_MAX_VALUE_S);
+	PRINT_NUMBER(NL_POLICY_TYPE_ATTR_MIN_VALUE_U);
+	PRINT_NUMBER(NL_POLICY_TYPE_ATTR_MAX_VALUE_U);
+	PRINT_NUMBER(NL_POLICY_TYPE_ATTR_MIN_LENGTH);
+	PRINT_NUMBER(NL_POLICY_TYPE_ATTR_MAX_LENGTH);
+	PRINT_NUMBER(GENL_ID_CTRL);
+	PRINT_NUMBER(CTRL_CMD_GETFAMILY);
+	PRINT_NUMBER(CTRL_ATTR_FAMILY_ID);
+	PRINT_NUMBER(CTRL_ATTR_FAMILY_NAME);
+	PRINT_NUMBER(CTRL_ATTR_VERSION);
+	PRINT_SIZE(nlmsghdr);
+	PRINT_SIZE(genlmsghdr);
+	PRINT_SIZE(nlattr);
+}
+
+/* A request for a family by its name, of 5 letters, so that it is padded. */
+static void print_netlink_request(void)
+{
+	struct {
+		struct nlmsghdr header;
+		struct genlmsghdr generic;
+		struct nlattr attribute;
+		char name[NLA_ALIGN(sizeof("netde"))];
+	} request = {
+		.header = { .nlmsg_len = sizeof(request), .nlmsg_type = GENL_ID_CTRL,
+			    .nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK, .nlmsg_seq = 0x01020304, .nlmsg_pid = 0x05060708 },
+		.generic = { .cmd = CTRL_CMD_GETFAMILY, .version = 2 },
+		.attribute = { .nla_len = NLA_HDRLEN + sizeof("netde"),
+			       .nla_type = CTRL_ATTR_FAMILY_NAME | NLA_F_NESTED },
+		.name = "netde",
+	};
+
+	print_bytes("netlink request", &request, sizeof(request));
+}
+
 int main(void)
 {
 	print_constants();
@@ -284,5 +347,7 @@ int main(void)
 	print_receive_control("receive control uniform", 0);
 	print_receive_control("receive control mixed", 1);
 	print_errqueue_control();
+	print_netlink_constants();
+	print_netlink_request();
 	return 0;
 }

@@ -6,11 +6,11 @@ import errno
 from enum import Enum
 from typing import Final
 
+from devmem_tcp import refusals
 from devmem_tcp.errors import BindError, NicSettingError
 from devmem_tcp.types import HeaderSplitMode
 
 _CALL: Final = "ethtool -G"
-_UNBIND_HINT: Final = "close the RX bindings of this NIC first"
 
 
 class Placement(Enum):
@@ -56,12 +56,7 @@ class HeaderSplit:
             NicSettingError: EINVAL: anything but ON while a queue is bound.
         """
         if bound and mode is not HeaderSplitMode.ON:
-            raise NicSettingError(
-                errno.EINVAL,
-                _CALL,
-                extack="can't disable tcp-data-split while device has memory provider enabled",
-                hint=_UNBIND_HINT,
-            )
+            raise refusals.HEADER_SPLIT_NEEDED.error(NicSettingError, call=_CALL)
         self._mode = mode
 
     def set_thresh(self, size_bytes: int, *, bound: bool) -> None:
@@ -74,12 +69,7 @@ class HeaderSplit:
             ValueError: negative.
         """
         if bound and size_bytes != 0:
-            raise NicSettingError(
-                errno.EINVAL,
-                _CALL,
-                extack="can't set non-zero hds_thresh while device is memory provider enabled",
-                hint=_UNBIND_HINT,
-            )
+            raise refusals.HDS_THRESH_NEEDED.error(NicSettingError, call=_CALL)
         hint = f"hds-thresh is 0 to {self.hds_thresh_max} bytes, got {size_bytes}"
         if size_bytes > self.hds_thresh_max:
             raise NicSettingError(errno.EINVAL, _CALL, extack="requested ring size exceeds maximum", hint=hint)
@@ -96,19 +86,9 @@ class HeaderSplit:
             BindError: EINVAL: header split is off or unknown, or ``hds_thresh`` is not 0.
         """
         if self._mode is not HeaderSplitMode.ON:
-            raise BindError(
-                errno.EINVAL,
-                "bind-rx",
-                extack="tcp-data-split is disabled",
-                hint='nic.set_header_split("on")   # ethtool -G NIC tcp-data-split on',
-            )
+            raise refusals.HEADER_SPLIT_OFF.error(BindError)
         if self._hds_thresh != 0:
-            raise BindError(
-                errno.EINVAL,
-                "bind-rx",
-                extack="hds-thresh is not zero",
-                hint="nic.set_hds_thresh(0)   # ethtool -G NIC hds-thresh 0",
-            )
+            raise refusals.HDS_THRESH_SET.error(BindError)
 
     def place(
         self, *, tcp: bool, payload_bytes: int, header_bytes: int, header_buffer_bytes: int, bound: bool

@@ -7,14 +7,24 @@ does. Nothing here decides anything: no retries, no fallbacks, no defaults.
 
 from __future__ import annotations
 
+import array
 import contextlib
+import ctypes
+import errno
 import fcntl
+import grp
 import mmap
 import os
+import pwd
 import select
 import socket
+import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NoReturn, TypeAlias
+
+from devmem_tcp.sys.messages import OffsetsMessage, ReceivedMessage
+from devmem_tcp.uapi.socket import SO_DEVMEM_DONTNEED
 
 Hook: TypeAlias = Callable[[str], None]
 Socket: TypeAlias = socket.socket
@@ -28,21 +38,35 @@ IPPROTO_IPV6: Final = socket.IPPROTO_IPV6
 IPPROTO_TCP: Final = socket.IPPROTO_TCP
 IPV6_V6ONLY: Final = socket.IPV6_V6ONLY
 MSG_DONTWAIT: Final = socket.MSG_DONTWAIT
+MSG_EOR: Final = socket.MSG_EOR
+MSG_ERRQUEUE: Final = socket.MSG_ERRQUEUE
+MSG_NOSIGNAL: Final = socket.MSG_NOSIGNAL
 MSG_PEEK: Final = socket.MSG_PEEK
 MSG_TRUNC: Final = socket.MSG_TRUNC
+MSG_CTRUNC: Final = socket.MSG_CTRUNC
 SOL_SOCKET: Final = socket.SOL_SOCKET
+SO_MEMINFO: Final = 55  # asm-generic/socket.h; the socket module has no name for it
+SO_BINDTODEVICE: Final = socket.SO_BINDTODEVICE
+SO_RCVTIMEO: Final = socket.SO_RCVTIMEO
 SO_REUSEADDR: Final = socket.SO_REUSEADDR
+SO_PEERCRED: Final = socket.SO_PEERCRED
+SO_PEERGROUPS: Final = 59  # asm-generic/socket.h; the socket module has no name for it
+SO_SNDTIMEO: Final = socket.SO_SNDTIMEO
 SHUT_WR: Final = socket.SHUT_WR
 TCP_CONGESTION: Final = socket.TCP_CONGESTION
+TCP_MAXSEG: Final = socket.TCP_MAXSEG
 POLLIN: Final = select.POLLIN
 POLLOUT: Final = select.POLLOUT
 EPOLLIN: Final = select.EPOLLIN
+EPOLLOUT: Final = select.EPOLLOUT
 MFD_HUGETLB: Final = os.MFD_HUGETLB
 MAP_PRIVATE_ANONYMOUS: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 MAP_SHARED: Final = mmap.MAP_SHARED
 MAP_HUGETLB: Final = 0x40000  # asm-generic/mman-common.h; the mmap module has no name for it
 MADV_HUGEPAGE: Final = mmap.MADV_HUGEPAGE
 SEAL_SHRINK: Final = fcntl.F_SEAL_SHRINK
+
+_FD_BYTES: Final = 4
 
 _hook: Hook | None = None
 
@@ -66,6 +90,17 @@ def intercept(hook: Hook) -> Iterator[None]:
 def _enter(name: str) -> None:
     if _hook is not None:
         _hook(name)
+
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)  # a call through it gives up the GIL
+_libc.recvmsg.argtypes = _libc.sendmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+_libc.recvmsg.restype = _libc.sendmsg.restype = ctypes.c_ssize_t
+_libc.setsockopt.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
+
+
+def _raise_errno() -> NoReturn:
+    number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number))
 
 
 # --- sockets -------------------------------------------------------------------------------------------------------
@@ -153,6 +188,36 @@ def recvmsg_into(sock: Socket, targets: Sequence[memoryview], flags: int = 0) ->
     return sock.recvmsg_into(targets, 0, flags)[0]
 
 
+def receive_message(sock: Socket, message: ReceivedMessage, flags: int) -> int:
+    """Receive into a message's own memory, control messages and all, without the GIL. Kernel: recvmsg(2)."""
+    _enter("recvmsg")
+    taken: int = _libc.recvmsg(sock.fileno(), message.address, flags)
+    if taken < 0:
+        _raise_errno()
+    return taken
+
+
+def send_offsets(sock: Socket, message: OffsetsMessage, flags: int) -> int:
+    """Send pieces of a dma-buf by their offsets, without the GIL. Kernel: sendmsg(2)."""
+    _enter("sendmsg")
+    taken: int = _libc.sendmsg(sock.fileno(), message.address, flags)
+    if taken < 0:
+        _raise_errno()
+    return taken
+
+
+def return_tokens(sock: Socket, tokens: bytes) -> int:
+    """Return tokens, an array of struct dmabuf_token; answers how many were freed, which Python's own call does not.
+
+    Kernel: setsockopt(SOL_SOCKET, SO_DEVMEM_DONTNEED).
+    """
+    _enter("setsockopt")
+    freed: int = _libc.setsockopt(sock.fileno(), SOL_SOCKET, SO_DEVMEM_DONTNEED, tokens, len(tokens))
+    if freed < 0:
+        _raise_errno()
+    return freed
+
+
 def send(sock: Socket, data: bytes | bytearray | memoryview, flags: int = 0) -> int:
     _enter("send")
     return sock.send(data, flags)
@@ -174,6 +239,108 @@ def close_socket(sock: Socket) -> None:
     sock.close()
 
 
+def open_netlink(protocol: int) -> Socket:
+    """Open a netlink socket, close-on-exec. Kernel: socket(2), AF_NETLINK."""
+    _enter("socket")
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
+
+
+def recv_datagram(sock: Socket, size: int, flags: int = 0) -> tuple[bytes, int, Any]:
+    """Receive one datagram of up to ``size`` bytes; returns it, its msg_flags and who sent it. Kernel: recvmsg(2)."""
+    _enter("recvmsg")
+    data, _, msg_flags, address = sock.recvmsg(size, 0, flags)
+    return data, msg_flags, address
+
+
+def interface_index(name: str) -> int:
+    """Return the index of the interface of a name. Library: if_nametoindex(3)."""
+    _enter("if_nametoindex")
+    return socket.if_nametoindex(name)
+
+
+def interface_name(ifindex: int) -> str:
+    """Return the name of the interface of an index. Library: if_indextoname(3)."""
+    _enter("if_indextoname")
+    return socket.if_indextoname(ifindex)
+
+
+def open_control() -> Socket:
+    """Open a socket for ioctls on network interfaces, close-on-exec; it is tied to this thread's network namespace."""
+    _enter("socket")
+    return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+
+def ioctl_by_pointer(sock: Socket, request: int, make: Callable[[int], bytes], argument: bytearray) -> None:
+    """Make an ioctl whose argument holds a pointer to another, which the kernel may write to.
+
+    Args:
+        make: packs the ioctl's argument, given the address of ``argument``.
+    """
+    _enter("ioctl")
+    view = (ctypes.c_char * len(argument)).from_buffer(argument)
+    fcntl.ioctl(sock, request, make(ctypes.addressof(view)))
+
+
+# --- local sockets: datagrams in order on a connection, with fds (unix(7), SOCK_SEQPACKET) ------------------------
+
+
+def open_local() -> Socket:
+    """Open a UNIX socket for datagrams in order, close-on-exec. Kernel: socket(AF_UNIX, SOCK_SEQPACKET)."""
+    _enter("socket")
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def adopt_listening(fd: int) -> Socket:
+    """Return the listening UNIX socket of an fd that another program opened; close-on-exec from now on.
+
+    Raises:
+        OSError: ENOTSOCK: it is no socket; EPROTOTYPE: not one of ``open_local`` that listens.
+    """
+    _enter("getsockopt")
+    os.fstat(fd)  # EBADF here, where nothing owns the number yet
+    sock = socket.socket(fileno=fd)
+    right = (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if not (right and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
+        sock.detach()
+        raise OSError(errno.EPROTOTYPE, os.strerror(errno.EPROTOTYPE))
+    sock.set_inheritable(False)
+    return sock
+
+
+def bind_local(sock: Socket, path: str) -> None:
+    _enter("bind")
+    sock.bind(path)
+
+
+def connect_local(sock: Socket, path: str) -> None:
+    _enter("connect")
+    sock.connect(path)
+
+
+def send_with_fds(sock: Socket, data: bytes, fds: Sequence[int], flags: int = 0) -> int:
+    """Send one datagram, and fds with it. Kernel: sendmsg(2), SCM_RIGHTS."""
+    _enter("sendmsg")
+    packed = array.array("i", fds).tobytes()
+    return sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)] if fds else (), flags)
+
+
+def recv_with_fds(sock: Socket, size: int, max_fds: int, flags: int = 0) -> tuple[bytes, list[int], int]:
+    """Receive one datagram of up to ``size`` bytes, and fds with it, which are close-on-exec and the caller's.
+
+    Returns the data, the fds and msg_flags; fds over ``max_fds`` are closed by the kernel (MSG_CTRUNC).
+
+    Kernel: recvmsg(2), SCM_RIGHTS, MSG_CMSG_CLOEXEC (net/core/scm.c, scm_detach_fds).
+    """
+    _enter("recvmsg")
+    room = socket.CMSG_LEN(max_fds * _FD_BYTES)  # not CMSG_SPACE, whose padding is room for one more
+    data, control, msg_flags, _ = sock.recvmsg(size, room, flags | socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, payload in control:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(payload[: len(payload) - len(payload) % _FD_BYTES])
+    return data, fds.tolist(), msg_flags
+
+
 # --- waiting -------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +357,12 @@ def wait(poller: Poller, timeout_s: float | None) -> bool:
     return bool(poller.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000.0))
 
 
+def pause(seconds: float) -> None:
+    """Wait for a short while, of which nobody can tell when it would better end. Kernel: clock_nanosleep(2)."""
+    _enter("clock_nanosleep")
+    time.sleep(seconds)
+
+
 def epoll_create() -> select.epoll:
     _enter("epoll_create1")
     return select.epoll()
@@ -199,6 +372,17 @@ def epoll_set(epoll: select.epoll, fd: int, events: int, *, known: bool) -> None
     """Set which events of an fd the epoll reports; ``known``: the fd is in it already. Kernel: epoll_ctl(2)."""
     _enter("epoll_ctl")
     (epoll.modify if known else epoll.register)(fd, events)
+
+
+def epoll_forget(epoll: select.epoll, fd: int) -> None:
+    """Take an fd out of the epoll. Never made to fail: there is nothing a caller could do about it."""
+    epoll.unregister(fd)
+
+
+def epoll_wait(epoll: select.epoll, timeout_s: float | None) -> list[tuple[int, int]]:
+    """Wait until fds of an epoll are ready, and return them with their events. Kernel: epoll_wait(2)."""
+    _enter("epoll_wait")
+    return epoll.poll(timeout_s)
 
 
 def eventfd_create() -> int:
@@ -279,3 +463,132 @@ def read_text(path: str) -> str:
     _enter("open")
     with open(path, encoding="ascii", errors="replace") as file:
         return file.read()
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: str) -> bytes:
+    """Read a small file."""
+    _enter("open")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def make_directory(path: str, mode: int) -> None:
+    """Make a directory; no error if there is one."""
+    _enter("mkdir")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, mode)
+
+
+def directory_owner(path: str) -> tuple[int, int]:
+    """Return the owner's user id and the permission bits of a directory; NotADirectoryError for anything else."""
+    _enter("stat")
+    found = os.stat(path, follow_symlinks=False)
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+    return found.st_uid, stat.S_IMODE(found.st_mode)
+
+
+def directory_entries(path: str) -> list[str]:
+    """Return the names in a directory, in no order."""
+    _enter("getdents64")
+    return os.listdir(path)
+
+
+def open_directory(path: str) -> int:
+    """Open a directory, close-on-exec, to lock it or to sync it."""
+    _enter("open")
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def create_file(path: str, mode: int) -> int:
+    """Open a file for writing, new or emptied, close-on-exec; a symbolic link is refused (ELOOP)."""
+    _enter("open")
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+
+
+def write(fd: int, data: bytes | memoryview) -> int:
+    _enter("write")
+    return os.write(fd, data)
+
+
+def sync(fd: int) -> None:
+    """Wait until what was written to a file, or which names are in a directory, is on its disk. Kernel: fsync(2)."""
+    _enter("fsync")
+    os.fsync(fd)
+
+
+def rename(old: str, new: str) -> None:
+    """Give a file another name, in place of what has it, at one stroke."""
+    _enter("rename")
+    os.rename(old, new)
+
+
+def remove_file(path: str) -> None:
+    _enter("unlink")
+    os.unlink(path)
+
+
+def is_socket(path: str) -> bool:
+    """Whether a path is a UNIX socket's; FileNotFoundError if there is nothing."""
+    _enter("stat")
+    return stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode)
+
+
+def change_mode(path: str, mode: int) -> None:
+    _enter("chmod")
+    os.chmod(path, mode)
+
+
+def change_group(path: str, group_id: int) -> None:
+    _enter("chown")
+    os.chown(path, -1, group_id)
+
+
+def lock(fd: int) -> None:
+    """Wait for the exclusive lock of an open file; closing the fd gives it back. Kernel: flock(2)."""
+    _enter("flock")
+    fcntl.flock(fd, fcntl.LOCK_EX)
+
+
+# --- this process --------------------------------------------------------------------------------------------------
+
+
+def process_id() -> int:
+    return os.getpid()
+
+
+def user_id() -> int:
+    """Return the effective user id."""
+    return os.geteuid()
+
+
+def user_id_of(name: str) -> int:
+    """Return the id of a user; KeyError if there is none. Library: getpwnam(3)."""
+    _enter("getpwnam")
+    return pwd.getpwnam(name).pw_uid
+
+
+def group_id_of(name: str) -> int:
+    """Return the id of a group; KeyError if there is none. Library: getgrnam(3)."""
+    _enter("getgrnam")
+    return grp.getgrnam(name).gr_gid
+
+
+def environment(name: str) -> str:
+    """Return an environment variable; empty if it is not set."""
+    return os.environ.get(name, "")
+
+
+def namespace(kind: str) -> int:
+    """Return the inode number of a namespace of the calling thread: ``net``, ``pid`` …"""
+    _enter("stat")
+    return os.stat(f"/proc/thread-self/ns/{kind}").st_ino
+
+
+def load_library(name: str) -> ctypes.CDLL:
+    """Load a shared library; OSError if there is none. Library: dlopen(3)."""
+    _enter("dlopen")
+    return ctypes.CDLL(name)
