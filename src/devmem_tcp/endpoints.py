@@ -6,13 +6,13 @@ import errno
 import ipaddress
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from devmem_tcp import contract
 from devmem_tcp.errors import ClosedError, KernelError, LeakWarning, Timeout
 from devmem_tcp.sys import calls
-from devmem_tcp.types import Address
+from devmem_tcp.types import Address, TokenHolder
 
 _CONGESTION_NAME_BYTES: Final = 16  # TCP_CA_NAME_MAX, include/net/tcp.h
 
@@ -66,6 +66,18 @@ def show(address: Address) -> str:
     """Return ``host:port``, with brackets around an IPv6 host."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def tell_holders(holders: Sequence[TokenHolder]) -> str:
+    """Say who holds how many tokens and for how long, the first three by name; nothing if nobody does."""
+    told = [
+        f"{holder.tokens} tokens ({holder.bytes_held} bytes) for {holder.oldest_age_s:.1f} s "
+        f"by the connection from {show(holder.remote)}"
+        for holder in holders[:3]
+    ]
+    if len(holders) > 3:
+        told.append(f"and {len(holders) - 3} more connections")
+    return "; ".join(told)
 
 
 def congestion_control(sock: calls.Socket) -> str:

@@ -235,8 +235,10 @@ class Capabilities:
     zero_copy: bool  # payload really by-passes host memory
     unprivileged_bind: bool  # bind_rx without CAP_NET_ADMIN
     rx_page_size: bool  # bind_rx(rx_page_size=) other than 4096
+    hds_thresh: bool  # set_hds_thresh
     loopback: bool  # devmem over 127.0.0.1 and ::1
     merged_frags: bool  # adjacent pages arrive as one frag
+    queue_shares: bool  # each queue of a binding has a share of its pages that no other queue can use up
     rx_queues: int
     rss_table_size: int
 

@@ -27,8 +27,10 @@ CAPABILITIES = Capabilities(
     zero_copy=False,
     unprivileged_bind=True,
     rx_page_size=True,
+    hds_thresh=True,
     loopback=False,
     merged_frags=False,
+    queue_shares=True,
     rx_queues=4,
     rss_table_size=128,
 )

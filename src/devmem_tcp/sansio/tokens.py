@@ -32,6 +32,7 @@ _ROW_DTYPE: Final = np.dtype(
     ]
 )
 _CALL: Final = "setsockopt(SO_DEVMEM_DONTNEED)"
+_NUMBERS: Final = 1 << 32
 
 
 class Returned(NamedTuple):
@@ -112,13 +113,7 @@ class TokenLedger:
             raise KernelError(
                 errno.EINVAL, _CALL, hint=f"give 1 to {MAX_DONTNEED_TOKENS} ranges a call, not {len(tokens)}"
             )
-        if len(tokens) == 1:
-            start, count = tokens.tolist()[0]
-            end = min(start + min(count, MAX_DONTNEED_FRAGS), self.capacity)
-            named = np.arange(max(start, 1), max(end, 1))
-        else:
-            named = np.unique(_expand(tokens))
-            named = named[(named > 0) & (named < self.capacity)]
+        named = named_tokens(tokens, self.capacity)
         return self._take(named[self._states[named] == _LIVE])
 
     def take_one(self, token: int) -> tuple[int, int, int] | None:
@@ -157,13 +152,41 @@ class TokenLedger:
         return len(rows), int(rows["size"].sum()), float(rows["issued_at"].min())
 
 
+def named_tokens(ranges: TokenRangeArray, capacity: int) -> npt.NDArray[np.int64]:
+    """Return the tokens from 1 and below ``capacity`` that one DONTNEED call looks at, each once, ascending.
+
+    A range that goes past the last 32-bit number goes on at 0 (net/core/sock.c, sock_devmem_dontneed).
+
+    Args:
+        ranges: shape (n,), dtype TOKEN_DTYPE.
+    """
+    if len(ranges) == 1:
+        start, count = ranges.item(0)
+        end = start + min(count, MAX_DONTNEED_FRAGS)
+        if end <= _NUMBERS:
+            return np.arange(max(start, 1), max(min(end, capacity), 1))
+    named = np.unique(_expand(ranges))
+    return named[(named > 0) & (named < capacity)]
+
+
+def run_of(tokens: U32Array) -> tuple[int, int] | None:
+    """Return tokens that are neighbours in ascending order as (first, count); None if they are not, or none, or 0."""
+    count = len(tokens)
+    if not count:
+        return None
+    first = tokens.item(0)
+    if not first or tokens.item(-1) - first != count - 1 or not (tokens[1:] > tokens[:-1]).all():
+        return None
+    return first, count
+
+
 def _expand(tokens: TokenRangeArray) -> npt.NDArray[np.int64]:
     """Return the first 1024 token numbers that the ranges name, in order."""
     starts = tokens["start"].astype(np.int64)
     counts = np.minimum(tokens["count"], MAX_DONTNEED_FRAGS).astype(np.int64)
     ends = np.minimum(np.cumsum(counts), MAX_DONTNEED_FRAGS)
     counts = np.diff(ends, prepend=0)
-    return np.repeat(starts - (ends - counts), counts) + np.arange(int(ends[-1]))
+    return (np.repeat(starts - (ends - counts), counts) + np.arange(int(ends[-1]))) % _NUMBERS
 
 
 def token_array(optval: TokenRangeArray | bytes) -> TokenRangeArray:
@@ -190,9 +213,10 @@ def dontneed_calls(tokens: U32Array) -> Iterator[TokenRangeArray]:
     Yields:
         Arrays of TOKEN_DTYPE, each at most 128 ranges and 1024 tokens in all.
     """
-    if len(tokens) == 1:
-        if tokens[0]:
-            yield np.array([(tokens[0], 1)], TOKEN_DTYPE)
+    if (run := run_of(tokens)) is not None:
+        first, count = run
+        for at in range(0, count, MAX_DONTNEED_FRAGS):
+            yield np.array([(first + at, min(count - at, MAX_DONTNEED_FRAGS))], TOKEN_DTYPE)
         return
     if len(tokens) > 1 and not (tokens[1:] > tokens[:-1]).all():
         tokens = np.unique(tokens)

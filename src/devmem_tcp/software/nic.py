@@ -13,14 +13,14 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Final
 
-from devmem_tcp import contract
+from devmem_tcp import contract, refusals
 from devmem_tcp.contract import Buffer
 from devmem_tcp.endpoints import TcpListener, open_connection, open_listening
 from devmem_tcp.errors import BindError, ClosedError, KernelError
 from devmem_tcp.nicmodel.header_split import HeaderSplit
 from devmem_tcp.nicmodel.indirection import IndirectionTable
 from devmem_tcp.nicmodel.misdirection import check_steering
-from devmem_tcp.nicmodel.ntuple import ethtool_command
+from devmem_tcp.nicmodel.ntuple import ethtool_command, rule_or_fields
 from devmem_tcp.nicmodel.page_pool import PagePool
 from devmem_tcp.nicmodel.steering import Steering
 from devmem_tcp.software import congestion
@@ -93,8 +93,10 @@ class SoftwareNic(contract.Nic):
             zero_copy=False,
             unprivileged_bind=True,
             rx_page_size=True,
+            hds_thresh=True,
             loopback=True,
             merged_frags=self._options.frag_size > PAGE_SIZE,
+            queue_shares=True,
             rx_queues=self._options.rx_queues,
             rss_table_size=self._steering.table.size,
         )
@@ -171,15 +173,16 @@ class SoftwareNic(contract.Nic):
         location: int | None = None,
     ) -> contract.NtupleRule:
         self._check_open()
-        fields = (queue, src_ip, dst_ip, src_port, dst_port, family, location)
-        if rule is None:
-            if queue is None:
-                raise ValueError("an ntuple rule needs queue=, where matching flows go")
-            rule = FlowRule(
-                queue, Family(family) if family else None, src_ip, dst_ip, src_port, dst_port, location=location
-            )
-        elif any(field is not None for field in fields):
-            raise ValueError("give add_ntuple a FlowRule or its fields, not both")
+        rule = rule_or_fields(
+            rule,
+            queue=queue,
+            src_ip=src_ip,
+            dst_ip=dst_ip,
+            src_port=src_port,
+            dst_port=dst_port,
+            family=family,
+            location=location,
+        )
         with self._lock:
             held = self._steering.ntuple.insert(rule)
         inserted = InsertedRule(ethtool_command(self._name, rule), held, self._has_rule, self._delete_rule)
@@ -207,7 +210,7 @@ class SoftwareNic(contract.Nic):
     def bind_rx(self, buffer: Buffer, queues: Sequence[int], *, rx_page_size: int = PAGE_SIZE) -> SoftwareRxBinding:
         self._check_open()
         if not queues:
-            raise BindError(errno.EINVAL, "bind-rx", attr="queues", hint="name at least one RX queue")
+            raise refusals.NO_QUEUES.error(BindError)
         check_rx_page_size(rx_page_size)
         queues = self._wanted_queues(queues)
         check_segments(buffer, rx_page_size)
@@ -240,9 +243,8 @@ class SoftwareNic(contract.Nic):
         """Refuse a queue that cannot be bound. Kernel: net/core/netdev_rx_queue.c, __netif_mp_open_rxq."""
         self._header_split.check_bind()
         if queue in self._rx_by_queue:
-            extack = "designated queue already memory provider bound"
             hint = f"RX queue {queue} has a binding: close it, or take another queue"
-            raise BindError(errno.EEXIST, "bind-rx", extack=extack, hint=hint)
+            raise refusals.QUEUE_BOUND.error(BindError, hint=hint)
 
     def _unbound_rx(self, binding: SoftwareRxBinding) -> None:
         with self._lock:
@@ -378,8 +380,8 @@ def check_rx_page_size(rx_page_size: int) -> None:
         hint = f"at least {PAGE_SIZE}, not {rx_page_size}"
         raise BindError(errno.ERANGE, "bind-rx", attr="rx-page-size", hint=hint)
     if rx_page_size & (rx_page_size - 1):
-        extack, hint = "rx-page-size must be a power of 2", f"{PAGE_SIZE}, {2 * PAGE_SIZE}, …, not {rx_page_size}"
-        raise BindError(errno.EINVAL, "bind-rx", extack=extack, attr="rx-page-size", hint=hint)
+        hint = f"{PAGE_SIZE}, {2 * PAGE_SIZE}, …, not {rx_page_size}"
+        raise refusals.PAGE_SIZE_NO_POWER.error(BindError, hint=hint)
 
 
 def check_segments(buffer: Buffer, rx_page_size: int) -> None:

@@ -12,7 +12,7 @@ import time
 import warnings
 from typing import Final
 
-from devmem_tcp.endpoints import show
+from devmem_tcp.endpoints import tell_holders
 from devmem_tcp.errors import StarvationWarning, Timeout
 from devmem_tcp.software.binding import SoftwareRxBinding
 from devmem_tcp.software.inbound import Starved
@@ -161,10 +161,4 @@ class Starvation:
         binding, queue = self._shortage.binding, self._shortage.queue
         total = binding.pool.queue_total(queue)
         holders = [holder for holder in binding.holders() if holder.queue == queue]
-        who = "; ".join(
-            f"{holder.tokens} tokens ({holder.bytes_held} bytes) for {holder.oldest_age_s:.1f} s "
-            f"by the connection from {show(holder.remote)}"
-            for holder in holders[:3]
-        )
-        more = f"; and {len(holders) - 3} more connections" if len(holders) > 3 else ""
-        return f"no free page on RX queue {queue}: all {total} are held: {who or 'by unread data'}{more}"
+        return f"no free page on RX queue {queue}: all {total} are held: {tell_holders(holders) or 'by unread data'}"

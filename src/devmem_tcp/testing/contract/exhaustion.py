@@ -7,7 +7,7 @@ import socket
 
 from devmem_tcp.errors import Timeout
 from devmem_tcp.testing.contract.collector import Collector
-from devmem_tcp.testing.contract.expect import raises
+from devmem_tcp.testing.contract.expect import needs, raises
 from devmem_tcp.testing.contract.rig import STARVE_WAIT_S, BoundPair, Rig
 
 
@@ -120,6 +120,7 @@ def test_does_not_reach_another_binding(rig: Rig) -> None:
     rig.transfer(other.collector, other.peer, 2 * other.rx.buffer.size_bytes)
 
 
+@needs("queue_shares")
 def test_does_not_reach_another_queue_of_the_binding(rig: Rig) -> None:
     rx = rig.bind(rig.queue, rig.second_queue)
     hog, other = rig.pair_on(rx, queue=rig.queue), rig.pair_on(rx, queue=rig.second_queue)

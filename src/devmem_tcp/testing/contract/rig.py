@@ -48,6 +48,7 @@ class Rig(Closing):
         hosts: addresses of the NIC to listen on; ``host`` is the first.
         connect_peer: opens a plain connection from the peer's machine to (address, within seconds).
         listen_peer: opens a plain listening socket, of any free port, that connections from ``host`` reach.
+        ring_pages: how many pages each queue of a binding keeps to itself, of those that all its queues share.
         patience_s: how long to wait for what must happen; data after a stall needs the sender's retransmission.
     """
 
@@ -60,8 +61,10 @@ class Rig(Closing):
         connect_peer: ConnectPeer = socket.create_connection,
         listen_peer: ListenPeer | None = None,
         patience_s: float = 20.0,
+        ring_pages: int = 0,
     ) -> None:
         self.allocator = allocator
+        self.ring_pages = ring_pages
         self.hosts = tuple(hosts)
         self.host = self.hosts[0]
         self.patience_s = patience_s
@@ -101,7 +104,9 @@ class Rig(Closing):
 
     def bind(self, *queues: int, buffer: Buffer | None = None) -> RxBinding:
         """Bind a Buffer (a fresh one, if none is given) to queues; to ``queue``, if none is given."""
-        rx = self.nic.bind_rx(buffer or self.allocate(), queues or (self.queue,))
+        queues = queues or (self.queue,)
+        rings = len(queues) * self.ring_pages * PAGE_SIZE if len(queues) > 1 else 0
+        rx = self.nic.bind_rx(buffer or self.allocate(BUFFER_SIZE + rings), queues)
         self.watch(rx)
         return rx
 

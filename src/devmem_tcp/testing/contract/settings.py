@@ -6,7 +6,7 @@ import errno
 import warnings
 
 from devmem_tcp.errors import NicSettingError, NotZeroCopy, SteeringWarning
-from devmem_tcp.testing.contract.expect import raises
+from devmem_tcp.testing.contract.expect import needs, raises
 from devmem_tcp.testing.contract.rig import Rig
 from devmem_tcp.testing.contract.rig import __file__ as rig_file
 from devmem_tcp.types import Family, FlowRule, FragKind, HeaderSplitMode
@@ -36,15 +36,25 @@ def test_header_split_takes_modes_and_their_names(rig: Rig) -> None:
         rig.nic.set_header_split("sideways")
 
 
+@needs("hds_thresh")
 def test_hds_thresh_is_put_back(rig: Rig) -> None:
     with rig.nic.set_hds_thresh(64) as setting:
         assert "hds-thresh 64" in setting.description
     rig.bind()  # refused, were it not 0 again
 
 
+@needs("hds_thresh")
 def test_hds_thresh_over_the_limit_is_refused(rig: Rig) -> None:
     with raises(NicSettingError, errno.EINVAL):
         rig.nic.set_hds_thresh(1 << 30)
+    rig.bind()
+
+
+@needs(lacking=("hds_thresh",))
+def test_hds_thresh_is_refused_where_there_is_none(rig: Rig) -> None:
+    with raises(NicSettingError, errno.EOPNOTSUPP) as refused:
+        rig.nic.set_hds_thresh(64)
+    assert refused.error.hint
     rig.bind()
 
 

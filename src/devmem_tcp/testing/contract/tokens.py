@@ -108,9 +108,18 @@ def test_returned_twice_counts_nothing(rig: Rig) -> None:
 def test_unknown_counts_nothing(rig: Rig) -> None:
     pair = rig.bound_pair()
     count = hold_many(rig, pair, 2)
-    for start, number in ((UNKNOWN, 1), (0, 1), (count + 1, 5), (1, 0), (0xFFFF_FFFF, 1), (0xFFFF_FFFF, 0xFFFF_FFFF)):
+    for start, number in ((UNKNOWN, 1), (0, 1), (count + 1, 5), (1, 0), (0xFFFF_FFFF, 1)):
         assert pair.sock.dontneed(token_ranges((start, number))) == 0, f"range ({start}, {number}) freed something"
     assert out(pair) == count
+
+
+def test_ranges_go_on_at_zero(rig: Rig) -> None:
+    """Token numbers are 32 bits wide, and a range may go past the last."""
+    pair = rig.bound_pair()
+    count = hold_many(rig, pair, 3)
+    assert pair.sock.dontneed(token_ranges((0xFFFF_FFFF, 3))) == 1  # the last number, 0, and 1
+    assert pair.sock.dontneed(token_ranges((UNKNOWN, 1), (0xFFFF_FFFE, 0xFFFF_FFFF))) == count - 1
+    assert out(pair) == 0
 
 
 def test_of_another_socket_counts_nothing(rig: Rig) -> None:

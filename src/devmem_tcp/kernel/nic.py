@@ -1,0 +1,275 @@
+"""A real NIC: what Linux does for devmem TCP, in the words of the contract."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, Final
+
+from devmem_tcp import contract
+from devmem_tcp.contract import Buffer
+from devmem_tcp.endpoints import TcpListener, open_connection, open_listening
+from devmem_tcp.errors import ClosedError, SteeringWarning
+from devmem_tcp.kernel import netdev
+from devmem_tcp.kernel.attachment import Registry
+from devmem_tcp.kernel.binding import KernelRxBinding, KernelTxBinding, bind_rx, bind_tx
+from devmem_tcp.kernel.control import NicControl
+from devmem_tcp.kernel.counters import QueueCounters
+from devmem_tcp.kernel.ethtool import Ethtool
+from devmem_tcp.kernel.settings import rss_words
+from devmem_tcp.kernel.socket import BACKEND, KernelSocket
+from devmem_tcp.nicmodel.indirection import IndirectionTable
+from devmem_tcp.nicmodel.isolation import OtherRule, isolation_warnings
+from devmem_tcp.nicmodel.misdirection import check_steering
+from devmem_tcp.nicmodel.ntuple import rule_or_fields
+from devmem_tcp.sys import calls
+from devmem_tcp.types import (
+    PAGE_SIZE,
+    Address,
+    Capabilities,
+    Family,
+    FlowRule,
+    HeaderSplitMode,
+    NicStats,
+    QueueStats,
+)
+from devmem_tcp.uapi.netdev import QueueType
+
+_UNKNOWN_QUEUE: Final = -1
+
+
+class KernelNic(contract.Nic):
+    """See ``contract.Nic``. Settings, rules and RX bindings need CAP_NET_ADMIN, or a broker; all else does not.
+
+    Thread-safe but for its sockets.
+
+    Args:
+        name: a network interface of this network namespace.
+        control: makes the changes; this object's to close once it is made.
+
+    Raises:
+        KernelError: ENODEV: no such interface; EOPNOTSUPP: it has no RSS, so no queues to choose between.
+    """
+
+    def __init__(self, name: str, control: NicControl) -> None:
+        self._name = name
+        self._control = control
+        self._closed = False
+        self._lock = threading.RLock()
+        self._listeners: weakref.WeakSet[TcpListener] = weakref.WeakSet()
+        self._sockets: weakref.WeakSet[KernelSocket] = weakref.WeakSet()
+        self._napi_queues: dict[int, int] = {}
+        self._ethtool = Ethtool(name)
+        try:
+            self._rx_queues = self._ethtool.rx_queues()
+            self._rss_table_size = len(self._ethtool.rss().table)
+            self._hds_thresh = self._ethtool.rings().hds_thresh is not None
+        except BaseException:
+            self._ethtool.close()
+            raise
+        self._registry = Registry(self._queue_of_napi, self.queue_stats)
+        self._counters = QueueCounters(self._ethtool.ifindex, self._rx_queues, self._registry)
+
+    # --- what it is ---
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            backend=BACKEND,
+            zero_copy=True,
+            unprivileged_bind=False,
+            rx_page_size=False,  # of the drivers there are, none that this was tried with takes another one
+            hds_thresh=self._hds_thresh,
+            loopback=False,
+            merged_frags=False,
+            queue_shares=False,
+            rx_queues=self._rx_queues,
+            rss_table_size=self._rss_table_size,
+        )
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"NIC {self._name} is closed")
+
+    # --- settings ---
+
+    @property
+    def header_split(self) -> HeaderSplitMode:
+        self._check_open()
+        return self._ethtool.rings().header_split
+
+    def set_header_split(self, mode: HeaderSplitMode | str) -> contract.Setting:
+        self._check_open()
+        return self._control.set_header_split(HeaderSplitMode(mode))
+
+    def set_hds_thresh(self, size_bytes: int) -> contract.Setting:
+        self._check_open()
+        return self._control.set_hds_thresh(size_bytes)
+
+    def set_rss(
+        self, *, equal: int | None = None, weights: Sequence[int] | None = None, table: Sequence[int] | None = None
+    ) -> contract.Setting:
+        self._check_open()
+        words = rss_words(self._name, equal=equal, weights=weights, table=table)
+        if equal is not None:
+            new = IndirectionTable.equal(equal, self._rss_table_size)
+        elif weights is not None:
+            new = IndirectionTable.weights(weights, self._rss_table_size)
+        else:
+            new = IndirectionTable.explicit(table or (), self._rss_table_size)
+        return self._control.set_rss(new.entries, words)
+
+    @property
+    def rss_table(self) -> tuple[int, ...]:
+        self._check_open()
+        return self._ethtool.rss().table
+
+    def add_ntuple(
+        self,
+        rule: FlowRule | None = None,
+        *,
+        queue: int | None = None,
+        src_ip: str | None = None,
+        dst_ip: str | None = None,
+        src_port: int | None = None,
+        dst_port: int | None = None,
+        family: Family | str | None = None,
+        location: int | None = None,
+    ) -> contract.NtupleRule:
+        self._check_open()
+        wanted = rule_or_fields(
+            rule,
+            queue=queue,
+            src_ip=src_ip,
+            dst_ip=dst_ip,
+            src_port=src_port,
+            dst_port=dst_port,
+            family=family,
+            location=location,
+        )
+        return self._control.add_ntuple(wanted)
+
+    @property
+    def ntuple_rules(self) -> tuple[FlowRule, ...]:
+        self._check_open()
+        return tuple(held.rule for held in self._ethtool.rules() if held.rule is not None)
+
+    # --- bindings ---
+
+    def bind_rx(self, buffer: Buffer, queues: Sequence[int], *, rx_page_size: int = PAGE_SIZE) -> KernelRxBinding:
+        """See ``contract.Nic.bind_rx``. A SteeringWarning says what other traffic the NIC sends to these queues."""
+        self._check_open()
+        self._warn_of_other_traffic(queues)
+        self._counters.sample()  # the queues' counters start anew
+        return bind_rx(self._registry, self._control, buffer, queues, rx_page_size)
+
+    def _warn_of_other_traffic(self, queues: Sequence[int]) -> None:
+        foreign = [OtherRule(one.location, one.queue, one.kind) for one in self._ethtool.rules() if one.rule is None]
+        for text in isolation_warnings(self.rss_table, foreign, queues, nic=self._name):
+            warnings.warn(text, SteeringWarning, stacklevel=3)
+
+    def bind_tx(self, buffer: Buffer) -> KernelTxBinding:
+        self._check_open()
+        return bind_tx(self._registry, self._ethtool.ifindex, buffer)
+
+    # --- sockets ---
+
+    def listen(self, address: Address, *, backlog: int = 128, strict: bool = False) -> contract.Listener:
+        self._check_open()
+        sock = open_listening(address, backlog)
+        try:
+            listener = TcpListener(sock, partial(self._accepted, strict=strict))
+        except BaseException:
+            calls.close_socket(sock)
+            raise
+        self._listeners.add(listener)
+        return listener
+
+    def connect(
+        self,
+        address: Address,
+        *,
+        source: Address | None = None,
+        strict: bool = False,
+        timeout_s: float | None = None,
+    ) -> KernelSocket:
+        """See ``contract.Nic.connect``. Kernel: SO_BINDTODEVICE too: devmem is sent by the NIC it is bound to alone."""
+        self._check_open()
+
+        def prepare(sock: calls.Socket, where: tuple[Any, ...]) -> None:
+            calls.setsockopt(sock, calls.SOL_SOCKET, calls.SO_BINDTODEVICE, self._name.encode() + b"\0")
+
+        sock = open_connection(address, source=source, timeout_s=timeout_s, prepare=prepare)
+        try:
+            return self._adopt(sock, strict=strict)
+        except BaseException:
+            calls.close_socket(sock)
+            raise
+
+    def _accepted(self, sock: calls.Socket, *, strict: bool) -> KernelSocket:
+        made = self._adopt(sock, strict=strict)
+        try:
+            bound = sorted(queue for binding in list(self._registry.rx.values()) for queue in binding.queues)
+            check_steering(self, made, bound, strict=strict, stacklevel=3)
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+    def _adopt(self, sock: calls.Socket, *, strict: bool) -> KernelSocket:
+        made = KernelSocket(sock, self._registry, strict=strict)
+        self._sockets.add(made)
+        return made
+
+    def _queue_of_napi(self, napi_id: int) -> int:
+        """Return the RX queue that a NAPI instance serves; the ids are new whenever the queues are.
+
+        Kernel: netdev queue-get.
+        """
+        if napi_id not in self._napi_queues:
+            found = netdev.queues(self._ethtool.ifindex)
+            self._napi_queues |= {
+                one.napi_id: one.queue for one in found if one.type is QueueType.RX and one.napi_id is not None
+            }
+        return self._napi_queues.get(napi_id, _UNKNOWN_QUEUE)
+
+    # --- counters ---
+
+    def queue_stats(self, queue: int) -> QueueStats:
+        if not 0 <= queue < self._rx_queues:
+            raise ValueError(f"{self._name} has RX queues 0 to {self._rx_queues - 1}, got {queue}")
+        return self._counters.sample()[queue]
+
+    def stats(self) -> NicStats:
+        found = self._counters.sample()
+        holders = [holder for dmabuf_id in sorted(self._registry.rx) for holder in self._registry.holders(dmabuf_id)]
+        return NicStats(self._name, BACKEND, found, tuple(holders))
+
+    # --- the end ---
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        with ExitStack() as undo:  # the last first, and all of them, whatever one raises
+            undo.callback(self._ethtool.close)
+            undo.callback(self._control.close)
+            children: list[contract.Closing] = [*self._registry.rx.values(), *self._registry.tx.values()]
+            children += [*self._listeners, *self._sockets]
+            for child in children:
+                undo.callback(child.close)
+
+    def __repr__(self) -> str:
+        return f"<Nic {self._name} kernel, {self._rx_queues} RX queues>"
