@@ -2,7 +2,7 @@
 # ARGS= goes to the command itself: make demo ARGS="--file x.iso", make test ARGS="-k tokens".
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench lab lab-soak clean
+.PHONY: help demo test lint bench lab lab-soak lab-test fuzz clean
 MAKEFLAGS += --no-print-directory
 
 help:
@@ -12,6 +12,8 @@ help:
 	@echo "make bench   measure the software backend on loopback against plain C and plain Python (bench/README.md)"
 	@echo "make lab     boot a real kernel on NICs written in Python, and move data by devmem TCP in it (docs/lab.md)"
 	@echo "make lab-soak  one minute of traffic in the lab while its NICs and their driver are changed in every way"
+	@echo "make lab-test  the contract, and all else that needs it, tested on the kernel backend in the lab"
+	@echo "make fuzz    1,000,000 inputs each for the lab's vfio-user server and its NIC (CONTRIBUTING.md)"
 	@echo "make clean   remove what the others made: .venv, caches, build outputs"
 	@echo 'ARGS="..." goes to the command: make demo ARGS="--file some.iso", make test ARGS="-k tokens"'
 
@@ -40,6 +42,15 @@ lab:
 lab-soak:
 	@tools/setup.sh core
 	@tools/lab.sh soak $(ARGS)
+
+lab-test:
+	@tools/setup.sh dev
+	@tools/lab.sh test $(ARGS)
+
+fuzz:
+	@tools/setup.sh dev
+	@.venv/bin/python tests/lab/fuzz.py vfio $(ARGS)
+	@.venv/bin/python tests/lab/fuzz.py gvnic $(ARGS)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist bench/build

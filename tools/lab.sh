@@ -4,6 +4,7 @@
 #     tools/lab.sh short      one boot, 16 MiB each way: for continuous integration
 #     tools/lab.sh full       64 MiB each way, at MTU 1500 and 9000, without loss and with 1 % of it; the same on an older
 #                             kernel; and 16 MiB in a memory that is looked at from outside
+#     tools/lab.sh test       tests/guest, the contract on the kernel backend above all, on the newest kernel and an older one
 #     tools/lab.sh soak       60 s of TCP, UDP and ping while the NICs and their driver are changed in every way
 #
 # Exit status 0: every byte was right; 75: what the lab needs could not be fetched, so nothing was tried.
@@ -18,6 +19,15 @@ trial() {
     shift
     printf '\n== lab: %s bytes each way, %s\n' "$size" "${*:-MTU 1500, no loss}"
     $lab run --quiet --memory 2G --timeout 240 "$@" -- .venv/bin/python -m devmem_tcp.lab.trial --bytes "$size"
+}
+
+# The same on an older kernel, if that can still be fetched: suites keep few.
+older() {
+    if $lab setup --kernel "$OLDER"; then
+        "$@" --kernel "$OLDER"
+    else
+        echo "lab: kernel $OLDER NOT TRIED: it could not be fetched; see above" >&2
+    fi
 }
 
 # What only the outside can do to a NIC: pull its cable out, and have it ask for a reset. Until the guest is up, and once
@@ -42,9 +52,14 @@ soak() {
     $lab run --quiet --memory 2G --timeout 300 -- .venv/bin/python -m devmem_tcp.lab.soak --prodded "$@"
 }
 
+tests() {
+    printf '\n== lab: tests/guest%s\n' "${1:+, }$*"
+    $lab run --quiet --memory 2G --queues 6 --timeout 900 "$@" -- .venv/bin/python -m pytest tests/guest
+}
+
 case ${1-} in
-short | full | soak) ;;
-*) echo "usage: tools/lab.sh short|full|soak" >&2 && exit 2 ;;
+short | full | soak | test) ;;
+*) echo "usage: tools/lab.sh short|full|soak|test" >&2 && exit 2 ;;
 esac
 
 $lab setup || {
@@ -56,16 +71,15 @@ if [ "$1" = short ]; then
 elif [ "$1" = soak ]; then
     shift
     soak "$@"
+elif [ "$1" = test ]; then
+    tests
+    older tests
 else
     trial 67108864
     trial 67108864 --mtu 9000
     trial 67108864 --drop 0.01
     trial 67108864 --mtu 9000 --drop 0.01
-    if $lab setup --kernel "$OLDER"; then
-        trial 67108864 --kernel "$OLDER"
-    else
-        echo "lab: kernel $OLDER NOT TRIED: it could not be fetched; see above" >&2
-    fi
+    older trial 67108864
     printf '\n== lab: device memory, looked at from outside\n'
     .venv/bin/python -m devmem_tcp.lab.outside
 fi

@@ -1,64 +1,107 @@
-"""A hostile guest, and a hostile wire, for the gVNIC: random within reach of everything that the device looks at.
+"""A hostile guest, and a hostile wire, for the gVNIC: anything within reach of what the device looks at.
 
-Run as a program for long: ``python tests/lab/gvnic_fuzzer.py 1000000 [SEED]``.
+An input is one access of registers or configuration space, one admin command, one ring written with descriptors and
+its doorbell rung, one packet that arrives, one change of faults, eventfds or time, or one reset. What must hold besides
+what ``fuzz_judge`` says of every subject: guards around the guest's memory, and memory mapped read-only, keep every
+byte; after a reset a driver that does it right sends and receives a packet.
 """
 
 from __future__ import annotations
 
-import logging
 import mmap
 import os
-import sys
-import time
-from random import Random
+from collections import Counter
 from struct import pack
+from typing import Final
 
+from choices import Choices
 from devmem_tcp.lab.crafting import Path, tcp_frame, udp_frame
-from devmem_tcp.lab.dma import DmaSpace
 from devmem_tcp.lab.gvnic.device import Gvnic
-from devmem_tcp.lab.gvnic.faults import Faults
+from devmem_tcp.lab.gvnic.faults import Faults, FaultSettings
 from devmem_tcp.lab.wire import Packet, Switch
+from fuzz_judge import JudgedSpace, run_case
+from gvnic_driver import BASE, RAW, Driver, GuestMemory, flow_rule, payload
 
-BASE = 0x10_0000
-WRITABLE = 1 << 20
-READ_ONLY_BASE = BASE + WRITABLE
-READ_ONLY = 1 << 16
-GUARD = 1 << 16
-CANARY = b"\xa5"
-QUEUES = 3
-RING = 64
-SLOW_S = 2.0  # far above what any single input needs
-PATH = Path.between("02:00:00:00:00:09", "10.0.0.9", "02:00:00:00:00:01", "10.0.0.1")
+WRITABLE: Final = 4 << 20
+READ_ONLY_BASE: Final = BASE + WRITABLE
+READ_ONLY: Final = 1 << 14
+GUARD: Final = 1 << 14
+CANARY: Final = b"\xa5"
+QUEUES: Final = 3
+ENTRIES: Final = 64  # of the rings that the driver makes
+BIG_RINGS: Final = BASE + (3 << 20)  # room for larger ones, of each queue; the driver's own memory ends before
+BIG_RING_BYTES: Final = 1 << 16
+PACKET_PLACE: Final = BASE + (3 << 20) + (1 << 19)  # of a packet to send, of a rule, of a table
+MAX_PACKET_BYTES: Final = 1 << 18
+MACS: Final = ("02:00:00:00:00:09", "02:00:00:00:00:01")
+PATH: Final = Path.between(MACS[0], "10.0.0.9", MACS[1], "10.0.0.1")
+PATH6: Final = Path.between(MACS[0], "fd00::9", MACS[1], "fd00::1")
 
-# Layouts of admin commands, for inputs that are mostly right: gve_adminq.h.
-_ADMIN_SIZES = {0x1: 16, 0x2: 40, 0x5: 48, 0x6: 56, 0x7: 4, 0x8: 4, 0x9: 0, 0xA: 24, 0xB: 16, 0xC: 24, 0xD: 8, 0xE: 16}
-_ADMIN_SIZES |= {0xF: 16, 0x10: 24, 0x11: 16, 0x12: 16, 0xFF: 16}
+# How many bytes of fields admin commands have, so that most of them are mostly right: gve_adminq.h.
+_ADMIN_BYTES: Final = dict(
+    zip(
+        (0x1, 0x2, 0x5, 0x6, 0x7, 0x8, 0x9, 0xA, 0xB, 0xC, 0xD, 0xE, 0xF, 0x10, 0x11, 0x12, 0xFF),
+        (16, 40, 48, 56, 4, 4, 0, 24, 16, 24, 8, 16, 16, 24, 16, 16, 16),
+        strict=True,
+    )
+)
+_REGISTERS: Final = ((0x14, 4), (0x04, 4), (0x18, 4), (0x1F, 1), (0x20, 4), (0x24, 4), (0x28, 2))  # gve_register.h
+_TAKING_DOWN: Final = (0x7, 0x8, 0x9)
+_ADMIN_OPCODES: Final = tuple(opcode for opcode in _ADMIN_BYTES if opcode not in _TAKING_DOWN) * 4 + _TAKING_DOWN
 
 
 class Sink:
-    """The other end of the wire: takes everything, answers nothing."""
+    """The other end of the wire: takes everything, answers nothing, and remembers the last."""
 
     name = "sink"
+    last = b""
 
     def deliver(self, packet: Packet) -> None:
-        assert len(packet.data) <= 1 << 18
+        assert len(packet.data) < MAX_PACKET_BYTES
+        self.last = bytes(packet.data)
 
 
-class Fuzzer:
-    """One device and what is thrown at it. The guest has a writable and a read-only map, with guards around them."""
+class GuardedMemory(GuestMemory):
+    """Memory of a guest: a writable map at BASE, right behind it a read-only one, each with guards around it."""
 
-    def __init__(self, seed: int) -> None:
-        self.random = Random(seed)
-        self.steps = 0
-        fd = os.memfd_create("fuzz", os.MFD_CLOEXEC)
-        total = GUARD + WRITABLE + GUARD + READ_ONLY + GUARD
-        os.ftruncate(fd, total)
-        self.bytes = mmap.mmap(fd, total)
-        self.bytes[:] = CANARY * total
-        self.dma = DmaSpace()
+    def __init__(self) -> None:  # instead of the other's, which maps all of its file
+        self.size = WRITABLE
+        fd = os.memfd_create("guest", os.MFD_CLOEXEC)
+        os.ftruncate(fd, GUARD + WRITABLE + GUARD + READ_ONLY + GUARD)
+        self.bytes = mmap.mmap(fd, WRITABLE, offset=GUARD)
+        self.judged = JudgedSpace(fd)
+        self.dma = self.judged
         self.dma.map(BASE, WRITABLE, fd, GUARD, writable=True)
         self.dma.map(READ_ONLY_BASE, READ_ONLY, fd, GUARD + WRITABLE + GUARD, writable=False)
         os.close(fd)
+        self._next = 0
+        for place in self._guards():
+            self.judged.whole[place] = CANARY * (place.stop - place.start)
+
+    def _guards(self) -> tuple[slice, slice]:
+        return slice(0, GUARD), slice(GUARD + WRITABLE, self.judged.size_bytes)
+
+    def check(self) -> None:
+        """Check that nothing outside of what the guest may write has changed."""
+        for place in self._guards():
+            assert self.judged.whole[place] == CANARY * (place.stop - place.start), "a guard or read-only byte changed"
+
+    def start_again(self) -> None:
+        """Hand out everything anew."""
+        self._next = 0
+
+    def allocate(self, size: int, align: int = 4096) -> int:
+        address = super().allocate(size, align)
+        self.write(address, bytes(size))
+        return address
+
+
+class HostileGuest:
+    """A guest that does what its choices say to one device, and a wire that does the same."""
+
+    def __init__(self, choices: Choices) -> None:
+        self.choices = choices
+        self.memory = GuardedMemory()
         self.switch = Switch()
         self.sink = Sink()
         self.switch.attach(self.sink)
@@ -67,241 +110,303 @@ class Fuzzer:
             mac=PATH.dst_mac,
             queues=QUEUES,
             mtu=9000,
-            dma=self.dma,
+            dma=self.memory.dma,
             switch=self.switch,
-            faults=Faults(seed),
+            faults=Faults(),
             clock=lambda: self.now_s,
         )
-        self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.produced = 0
+        self.driver = Driver(self.nic, self.memory, QUEUES)
+        self.received = 0  #: packets that queues took which are gone
         self.set_up()
-
-    def close(self) -> None:
-        self.nic.close()
-        self.dma.close()
-        self.bytes.close()
-        os.close(self.eventfd)
-
-    def check(self) -> None:
-        """Nothing outside of what the guest may write has changed."""
-        end = GUARD + WRITABLE
-        assert self.bytes[:GUARD] == CANARY * GUARD
-        assert self.bytes[end:] == CANARY * (len(self.bytes) - end)
-
-    # --- a driver that works, to get deep ---
-
-    def set_up(self) -> None:
-        """Make a working admin queue, resources and queues; rings at fixed places."""
-        self.nic.write_bar(0, 0x04, pack(">I", 2))
-        self.nic.write_bar(0, 0x28, pack(">H", 4096))
-        self.nic.write_bar(0, 0x20, pack(">II", 0, 0)[:4])
-        self.nic.write_bar(0, 0x24, pack(">I", BASE))
-        self.nic.write_bar(0, 0x04, pack(">I", 1))
-        self.produced = 0
-        place = BASE + 0x1000
-        self.command(0x2, pack(">QQIIIIB7x", place, place, 2 * QUEUES, 2 * QUEUES, 64, 0, 3))
-        for queue in range(QUEUES):
-            tx = (queue, 0, place, self.tx_ring(queue), 0xFFFFFFFF, queue, self.scratch(), RING, RING)
-            self.command(0x5, pack(">IIQQIIQHH4x", *tx))
-            rx = (queue, 0, 0, QUEUES + queue, place, self.scratch(), self.rx_ring(queue), 0xFFFFFFFF)
-            sizes = (RING, self.random.choice((2048, 4096, 100)), RING)
-            header = self.random.choice((0, 64, 256))
-            self.command(0x6, pack(">IIIIQQQIHHHBBH2x", *rx, *sizes, self.random.randrange(2), 0, header))
-
-    def tx_ring(self, queue: int) -> int:
-        return BASE + 0x2000 + queue * 0x1000
-
-    def rx_ring(self, queue: int) -> int:
-        return BASE + 0x8000 + queue * 0x1000
-
-    def scratch(self) -> int:
-        """A place that fits a completion ring, or a packet."""
-        return BASE + self.random.randrange(0x10, WRITABLE // 0x1000 - 8) * 0x1000
-
-    def poke(self, address: int, data: bytes) -> None:
-        offset = address - BASE
-        assert 0 <= offset <= offset + len(data) <= WRITABLE
-        self.bytes[GUARD + offset : GUARD + offset + len(data)] = data
-
-    def command(self, opcode: int, body: bytes) -> None:
-        self.poke(BASE + self.produced % 64 * 64, pack(">II", opcode, 0) + body[:56].ljust(56, b"\0"))
-        self.produced = (self.produced + 1) & 0xFFFFFFFF
-        self.nic.write_bar(0, 0x14, pack(">I", self.produced))
-
-    # --- random values near what matters ---
-
-    def address(self) -> int:
-        """An address: mostly valid, sometimes at an edge, sometimes anything."""
-        random = self.random
-        kind = random.randrange(10)
-        if kind < 6:
-            return BASE + random.randrange(WRITABLE)
-        if kind < 8:
-            edge = random.choice((0, BASE, BASE + WRITABLE, READ_ONLY_BASE + READ_ONLY, 1 << 32, 1 << 64))
-            return (edge + random.randrange(-64, 64)) % (1 << 64)
-        return READ_ONLY_BASE + random.randrange(READ_ONLY) if kind == 8 else random.getrandbits(64)
-
-    def number(self, bits: int) -> int:
-        """A number: small, around a power of two, or anything."""
-        random = self.random
-        kind = random.randrange(3)
-        if kind == 0:
-            return random.randrange(8)
-        if kind == 1:
-            return ((1 << random.randrange(bits + 1)) + random.randrange(-2, 3)) % (1 << bits)
-        return random.getrandbits(bits)
-
-    # --- inputs ---
 
     def step(self) -> None:
         """Throw one input at the device."""
-        self.steps += 1
-        started = time.perf_counter()
-        self.random.choice(_INPUTS)(self)
-        assert time.perf_counter() - started < SLOW_S, "an input kept the device too long"
+        self.choices.one_of(_INPUTS)(self)
 
-    def bar_access(self) -> None:
-        bar, offset, size = self.random.randrange(-1, 4), self.number(13) - 8, self.random.choice((0, 1, 2, 4, 4, 8))
+    def finish(self) -> None:
+        """Check that the device works after a reset, and that nothing outside of the guest's memory has changed."""
+        self.nic.faults.settings = FaultSettings()
+        self.nic.set_link(True)
+        self.now_s += 1000.0
+        self.nic.tick()  # what was late, and a report if there is one to write
+        self.note_received()
+        self.nic.reset()
+        self.memory.start_again()
+        driver = self.driver
+        driver.start()
+        driver.open(entries=ENTRIES)
+
+        frame, reply = tcp_frame(PATH, 5, 6, payload(1000)), udp_frame(PATH.back(), 6, 5, payload(900))
+        self.switch.send(self.sink, Packet(frame))  # may not arrive, if the switch was told lies, which this corrects
+        tag = driver.put_packet(1, reply, pieces=(42,))
+        assert (2, tag) in driver.completions(1)
+        assert self.sink.last == reply, "a packet did not leave as it was sent"
+        self.switch.send(self.sink, Packet(frame))
+        received = [packet.data for queue in range(QUEUES) for packet in driver.receive(queue)]
+        assert received in ([frame], [frame, frame]), "a packet was not received as it came"
+        self.memory.check()
+
+    def count(self, tally: Counter[str]) -> None:
+        stats = self.nic.statistics()
+        counters = self.switch.counters[self.nic]
+        tally["guest mistakes"] += sum(stats.mistakes.values())
+        tally["packets to the wire"] += counters.sent_packets
+        tally["packets received"] += self.received
+        tally["memory accesses"] += self.memory.judged.accesses
+        tally["memory accesses refused"] += self.memory.judged.refusals
+
+    def note_received(self) -> None:
+        """Count what the queues have received, which their end makes forget."""
+        self.received += sum(queue.packets for queue in self.nic.statistics().rx.values())
+
+    def close(self) -> None:
+        self.driver.__exit__(None, None, None)
+
+    def set_up(self) -> None:
+        """Reset, and make resources and queues as a driver does, so that inputs get deep."""
+        self.memory.start_again()
+        driver, choices = self.driver, self.choices
+        driver.start()
+        buffer_bytes, header_bytes = choices.one_of((4096, 2048, 2048, 100)), choices.one_of((0, 64, 256))
+        rsc = bool(choices.integer(0, 1))
+        driver.open(entries=ENTRIES, rsc=rsc, header_bytes=header_bytes, buffer_bytes=buffer_bytes)
+        self.tx_rings = [(driver.tx[queue].ring, ENTRIES) for queue in range(QUEUES)]
+        self.rx_rings = [(driver.rx[queue].buffer_ring, ENTRIES) for queue in range(QUEUES)]
+        self.rx_tails = [driver.rx[queue].tail for queue in range(QUEUES)]
+
+    def command(self, opcode: int, body: bytes) -> None:
+        """Do an admin command, whatever has become of the admin queue meanwhile."""
+        driver = self.driver
+        done = driver.read32(0x18)
+        self.memory.write(driver.adminq + done % 64 * 64, pack(">II", opcode, 0) + body[:56].ljust(56, b"\0"))
+        driver.write32(0x14, (done + 1) & 0xFFFFFFFF)
+
+    # --- values near what matters ---
+
+    def address(self) -> int:
+        """Choose an address: mostly valid, sometimes at an edge, sometimes anything."""
+        choices = self.choices
+        kind = choices.integer(0, 9)
+        if kind < 6:
+            return BASE + choices.integer(0, WRITABLE - 1)
+        if kind < 8:
+            edge = choices.one_of((0, BASE, READ_ONLY_BASE, READ_ONLY_BASE + READ_ONLY, 1 << 32, 1 << 64))
+            return (edge + choices.integer(-64, 63)) % (1 << 64)
+        return READ_ONLY_BASE + choices.integer(0, READ_ONLY - 1) if kind == 8 else self.anything(64)
+
+    def number(self, bits: int) -> int:
+        """Choose a number: small, around a power of two, or anything."""
+        kind = self.choices.integer(0, 2)
+        if kind == 0:
+            return self.choices.integer(0, 7) % (1 << bits)
+        if kind == 1:
+            return ((1 << self.choices.integer(0, bits)) + self.choices.integer(-2, 2)) % (1 << bits)
+        return self.anything(bits)
+
+    def anything(self, bits: int) -> int:
+        """Choose any number of so many bits."""
+        return self.choices.integer(0, (1 << bits) - 1)
+
+    # --- inputs: registers and commands ---
+
+    def access_bar(self) -> None:
+        choices = self.choices
+        if choices.once_in(2):
+            bar, (offset, size) = 0, choices.one_of(_REGISTERS)
+        else:
+            bar, size = choices.one_of((0, 1, 2, -1, 3)), choices.one_of((4, 8, 1, 2, 0))
+            offset = choices.one_of((0, 4096, self.number(12))) - choices.integer(0, 8)
         assert len(self.nic.read_bar(bar, offset, size)) == size
-        if bar != 0 or offset != 0x04 or not self.random.randrange(20):
-            self.nic.write_bar(bar, offset, self.random.randbytes(size))
+        if (bar, offset) != (0, 0x04) or choices.once_in(20):
+            self.nic.write_bar(bar, offset, self.number(8 * size).to_bytes(size, "big"))
 
-    def config_access(self) -> None:
-        self.nic.write_config(self.number(9), self.random.randbytes(self.random.randrange(5)))
+    def write_config(self) -> None:
+        self.nic.write_config(self.number(9), self.choices.data(self.choices.integer(0, 4)))
 
-    def admin_command(self) -> None:
-        opcode = self.random.choice((*_ADMIN_SIZES, self.number(32)))
+    def run_command(self) -> None:
+        opcode = self.number(32) if self.choices.once_in(16) else self.choices.one_of(_ADMIN_OPCODES)
         body = b""
-        while len(body) < _ADMIN_SIZES.get(opcode, 56):
-            size = self.random.choice((2, 4, 8))
+        while len(body) < _ADMIN_BYTES.get(opcode, 56):
+            size = self.choices.one_of((4, 8, 2))
             value = self.address() if size == 8 else self.number(8 * size)
             body += value.to_bytes(size, "big")
         self.command(opcode, body)
 
-    def flow_rule(self) -> None:
-        place = BASE + WRITABLE - 92 - self.random.randrange(64)
-        head = pack(">HHHH", self.random.randrange(4), 0, self.random.randrange(12), self.random.randrange(QUEUES + 1))
-        body = bytes(self.random.choice((0, 0, 255, 1)) for _ in range(80))
-        self.poke(place, head + body + pack(">I", self.number(12)))
-        self.command(0xFF, pack(">IIQ", 0x101, 92, place))
+    def remake_queue(self) -> None:
+        """Take a queue down and make it again, of any size and mostly at a place that fits."""
+        choices = self.choices
+        queue = choices.integer(0, QUEUES - 1)
+        entries, completions = choices.one_of((64, 8, 512, 2048)), choices.one_of((64, 8, 512, 2048))
+        place = BIG_RINGS + 2 * BIG_RING_BYTES * queue
+        ring, done = place, self.address() if choices.once_in(8) else place + BIG_RING_BYTES
+        resources = self.driver.blocks + choices.integer(0, 255)
+        if choices.once_in(2):
+            self.command(0x7, pack(">I", queue))
+            body = pack(">IIQQIIQHH4x", queue, 0, resources, ring, RAW, queue, done, entries, completions)
+            self.command(0x5, body)
+            self.tx_rings[queue] = ring, entries
+            return
+        self.command(0x8, pack(">I", queue))
+        head = pack(">IIIIQQQI", queue, queue, 0, QUEUES + queue, resources, done, ring, RAW)
+        buffer_bytes, header_bytes = choices.one_of((2048, 4096, 16383, 100, 1)), choices.one_of((0, 64, 256, 1023))
+        tail = pack(">HHHBBH2x", completions, buffer_bytes, entries, choices.integer(0, 1), 0, header_bytes)
+        self.command(0x6, head + tail)
+        self.rx_rings[queue] = ring, entries
+        self.rx_tails[queue] = 0
 
-    def rss(self) -> None:
-        place = BASE + 0x4_0000
-        self.poke(
-            place, self.random.randbytes(40) + pack(">128I", *(self.random.randrange(QUEUES + 1) for _ in range(128)))
-        )
-        sizes = self.random.choice((0, 40)), self.random.choice((0, 128))
-        self.command(0xA, pack(">HBBHHQQ", self.number(9), 1, 0, *sizes, place, place + 40))
+    def change_flow_rules(self) -> None:
+        choices = self.choices
+        change, flow_type, queue = choices.integer(0, 3), choices.integer(0, 11), choices.integer(0, QUEUES)
+        path, keys = choices.one_of((PATH, PATH6)), choices.data(4)
+        if choices.once_in(4):
+            rule = pack(">HH", flow_type, queue) + keys * 20
+        else:
+            src, dst = choices.one_of((path.src, b"")), choices.one_of((path.dst, b""))
+            mask = choices.one_of((None, b"\xff\xff\xff", keys))
+            sport, dport = choices.integer(0, 8), choices.integer(0, 8)
+            rule = flow_rule(flow_type, queue, src=src, dst=dst, sport=sport, dport=dport, src_mask=mask)
+        self.memory.write(PACKET_PLACE, pack(">HH", change, 0) + rule + pack(">I", self.number(12)))
+        self.command(0xFF, pack(">IIQ", 0x101, 92, PACKET_PLACE))
+
+    def ask_for_reports(self) -> None:
+        size = self.choices.one_of((4096, 1024, 64, 0))
+        self.command(0xC, pack(">QQQ", size, self.address(), self.number(16)))
+
+    def change_rss(self) -> None:
+        choices = self.choices
+        table = [byte & 3 if choices.once_in(8) else byte % QUEUES for byte in choices.data(4)] * 32
+        self.memory.write(PACKET_PLACE, choices.data(4) * 10 + pack(">128I", *table))
+        sizes = choices.one_of((40, 0)), choices.one_of((128, 0))
+        self.command(0xA, pack(">HBBHHQQ", self.number(9), 1, 0, *sizes, PACKET_PLACE, PACKET_PLACE + 40))
+
+    # --- inputs: data ---
 
     def send(self) -> None:
         """Write descriptors to a TX ring, mostly of whole packets, and ring its doorbell."""
-        queue = self.random.randrange(QUEUES)
-        descriptors = []
-        if self.random.randrange(2):
-            head, rest = self.packet()
-            place = self.scratch()
-            self.poke(place, head + rest)
-            if len(head) < 256 and self.random.randrange(2):
-                mss = self.random.choice((88, 1448, self.number(14)))
-                descriptors.append(pack("<IHBBBBHI", len(rest) & 0xFFFFFF, mss, len(head), 0, 5, 0, 0, 0))
-            for at, size in ((place, len(head)), (place + len(head), len(rest))):
-                flags = 0xC | (at != place) << 5 | self.random.randrange(2) << 6 | self.random.randrange(2) << 7
-                descriptors.append(pack("<QBBHHH", at, flags, 0, 0, self.number(16), size & 0xFFFF))
-        for _ in range(self.random.randrange(RING if not descriptors else 3)):
-            kind = self.random.choice((4, 5, 0xC, 0xC, 0xC, 0xC, self.number(5))) | self.random.randrange(8) << 5
-            descriptors.append(pack("<QBBHHH", self.address(), kind, 0, 0, self.number(16), self.number(16)))
-        ring = self.tx_ring(queue)
-        start = self.random.randrange(RING)
+        choices = self.choices
+        queue = choices.integer(0, QUEUES - 1)
+        descriptors = self.packet_descriptors() if choices.once_in(2) else []
+        ring, entries = self.tx_rings[queue]
+        for _ in range(choices.integer(0, 3)):
+            kind = choices.one_of((0xC, 0xC, 0xC, 4, 5, 0, 31)) | choices.integer(0, 7) << 5
+            descriptor = pack("<QBBHHH", self.address(), kind, 0, 0, choices.integer(0, 255), self.number(16))
+            descriptors += [descriptor] * choices.one_of((1, 1, 1, 1, 1, 2, 60, 500))
+        start = choices.integer(0, entries - 1)
         for at, descriptor in enumerate(descriptors):
-            self.poke(ring + 16 * ((start + at) % RING), descriptor)
-        for tail in (start, (start + len(descriptors)) % RING, self.number(32)):
-            self.ring_doorbell(2 * QUEUES + queue, tail)
+            self.memory.write(ring + 16 * ((start + at) % entries), descriptor)
+        tails = [start, (start + len(descriptors)) % entries]
+        for tail in [*tails, self.number(32)] if choices.once_in(4) else tails:
+            self.driver.ring_doorbell(2 * QUEUES + queue, tail)
+
+    def packet_descriptors(self) -> list[bytes]:
+        """Place a packet in memory and return descriptors that send it, with TSO or without."""
+        choices = self.choices
+        head, rest = self.packet()
+        self.memory.write(PACKET_PLACE, head + rest)
+        descriptors = []
+        if choices.once_in(2):
+            mss = choices.one_of((1448, 88, self.number(14)))
+            descriptors.append(pack("<IHBBBBHI", len(rest) & 0xFFFFFF, mss, len(head), 0, 5, 0, 0, 0))
+        place, sizes = PACKET_PLACE, [len(head)] + [min(len(rest) - at, 16383) for at in range(0, len(rest), 16383)]
+        for number, size in enumerate(sizes, 1):
+            flags = 0xC | (number == len(sizes)) << 5 | choices.integer(0, 3) << 6
+            descriptors.append(pack("<QBBHHH", place, flags, 0, 0, choices.integer(0, 255), size))
+            place += size
+        return descriptors
 
     def post(self) -> None:
         """Write buffers to an RX ring, and ring its doorbell."""
-        queue = self.random.randrange(QUEUES)
-        for at in range(RING):
-            descriptor = pack("<HHIQQQ", self.number(16), 0, 0, self.address(), self.address(), 0)
-            self.poke(self.rx_ring(queue) + 32 * at, descriptor)
-        self.ring_doorbell(3 * QUEUES + queue, self.random.choice((self.random.randrange(RING), self.number(32))))
-
-    def ring_doorbell(self, index: int, value: int) -> None:
-        self.nic.write_bar(2, 4 * index, pack("<I", value))
-
-    def interrupt(self) -> None:
-        self.nic.set_irq(self.random.randrange(-1, 9), self.random.choice((None, self.eventfd)))
-        self.ring_doorbell(self.random.randrange(2 * QUEUES), self.number(32))
+        choices = self.choices
+        queue = choices.integer(0, QUEUES - 1)
+        ring, entries = self.rx_rings[queue]
+        first = choices.integer(0, entries - 1) if choices.once_in(8) else self.rx_tails[queue]
+        count, step = choices.one_of((16, 4, 64, 300)), choices.one_of((4096, 0, 64))
+        address, header = self.address(), self.address()
+        for at in range(count):
+            descriptor = pack("<HHIQQQ", at, 0, 0, (address + at * step) % (1 << 64), header, 0)
+            self.memory.write(ring + 32 * ((first + at) % entries), descriptor)
+        tail = self.number(32) if choices.once_in(8) else (first + count) % entries
+        self.driver.ring_doorbell(3 * QUEUES + queue, tail)
+        self.rx_tails[queue] = tail % entries
 
     def packet(self) -> tuple[bytes, bytes]:
-        """Headers and payload of a packet, mostly valid, some bytes of the headers changed."""
-        random = self.random
-        make = random.choice((tcp_frame, udp_frame))
-        size = random.choice((0, 1, 100, 1448, 8000, random.randrange(30_000)))
-        frame = bytearray(make(PATH, random.randrange(9), random.randrange(9), bytes(size)))
-        head = min(54 if make is tcp_frame else 42, len(frame))
-        for _ in range(random.randrange(4)):
-            frame[random.randrange(head)] = random.getrandbits(8)
+        """Choose headers and payload of a packet, mostly valid, some bytes of the headers changed."""
+        choices = self.choices
+        path, make = choices.one_of((PATH, PATH6)), choices.one_of((tcp_frame, udp_frame))
+        size = choices.one_of((100, 1448, 8000, 0, 1, choices.integer(0, 30_000)))
+        if make is tcp_frame and choices.once_in(64):
+            size = choices.one_of((70_000, 250_000))
+        frame = bytearray(make(path, choices.integer(0, 8), choices.integer(0, 8), bytes(size)))
+        head = len(frame) - size
+        between = choices.integer(0, 7)
+        if between == 7:
+            frame[12:12] = b"\x81\0\0\5"  # a VLAN tag
+            head += 4
+        elif between == 6 and path is PATH6:
+            frame[54:54] = bytes((frame[20], *bytes(7)))  # an extension header of 8 bytes
+            frame[20] = choices.one_of((0, 43, 44, 51, 60))
+            frame[18:20] = ((len(frame) - 54) & 0xFFFF).to_bytes(2, "big")
+            head += 8
+        for _ in range(choices.one_of((0, 0, 1, 3))):
+            frame[choices.integer(0, head - 1)] = choices.integer(0, 255)
         return bytes(frame[:head]), bytes(frame[head:])
 
     def arrive(self) -> None:
-        data = b"".join(self.packet()) if self.random.randrange(8) else self.random.randbytes(self.number(10))
-        mss = self.random.choice((0, 0, 1448, self.number(17)))
-        if len(data) // max(mss, 1) < 500 or not mss:
-            self.nic.deliver(Packet(data, mss, bool(self.random.randrange(2))))
+        """Let packets come from the wire, or superframes of at most some hundred segments: more take their time."""
+        choices = self.choices
+        data = choices.data(choices.integer(0, 24)) if choices.once_in(8) else b"".join(self.packet())
+        mss = choices.one_of((0, 0, 1448, self.number(17)))
+        least = 1 if choices.once_in(200) else len(data) // 300 + 1
+        packet = Packet(data, max(mss, least) if mss else 0, not choices.integer(0, 1))
+        self.switch.send_train(self.sink, [packet] * choices.one_of((1, 1, 1, 2, 3, 1 if mss else 40)))
 
-    def fault(self) -> None:
+    # --- inputs: the rest ---
+
+    def interrupt(self) -> None:
+        choices = self.choices
+        self.nic.set_irq(choices.integer(-1, 8), choices.one_of((self.driver.eventfds[0], None)))
+        self.driver.ring_doorbell(choices.integer(0, 2 * QUEUES - 1), self.number(32))
+
+    def change_faults(self) -> None:
+        choices = self.choices
         names = ("drop", "corrupt", "duplicate", "reorder", "delay_s")
-        values: dict[str, float] = {name: self.random.choice((0, 0, 0.3)) for name in names}
+        values: dict[str, float] = {name: choices.one_of((0.0, 0.0, 0.3)) for name in names}
         values["header_payload_bytes"] = self.number(12)
-        values["unsplit_every"] = self.random.randrange(3)
-        values["withheld_buffers"] = self.random.choice((0, 0, 5, 1000))
-        values["link_flap_s"] = self.random.choice((0, 0, 0.5))
+        values["unsplit_every"] = choices.integer(0, 2)
+        values["withheld_buffers"] = choices.one_of((0, 0, 0, 0, 0, 0, 5, 1000))
+        values["link_flap_s"] = choices.one_of((0.0, 0.0, 0.0, 0.5))
+        values["rate_bps"] = choices.one_of((0, 0, 0, 1_000_000))
         self.nic.faults.set(**values)
 
     def pass_time(self) -> None:
-        self.now_s += self.random.random() * 30
+        self.now_s += self.choices.integer(0, 255) / 8
         self.nic.tick()
         self.nic.statistics()
+        self.nic.set_link(not self.choices.once_in(4))
 
     def start_again(self) -> None:
-        if self.random.randrange(2):
+        """Reset, by the register or as the bus does, and mostly make queues again."""
+        self.note_received()
+        kind = self.choices.integer(0, 2)
+        if kind != 1:
+            self.driver.write32(0x04, 2)
+        if kind != 0:
             self.nic.reset()
-        self.set_up()
+        if not self.choices.once_in(16):
+            self.set_up()
 
 
-_INPUTS = (
-    *(Fuzzer.bar_access, Fuzzer.config_access, Fuzzer.interrupt, Fuzzer.fault, Fuzzer.pass_time, Fuzzer.rss),
-    *(Fuzzer.admin_command,) * 4,
-    *(Fuzzer.flow_rule,) * 2,
-    *(Fuzzer.send,) * 6,
-    *(Fuzzer.post,) * 4,
-    *(Fuzzer.arrive,) * 6,
-    Fuzzer.start_again,
+_INPUTS: Final = (
+    *(HostileGuest.send,) * 6,
+    *(HostileGuest.arrive,) * 6,
+    *(HostileGuest.post,) * 4,
+    *(HostileGuest.run_command,) * 4,
+    *(HostileGuest.change_flow_rules, HostileGuest.remake_queue) * 2,
+    *(HostileGuest.access_bar, HostileGuest.write_config, HostileGuest.interrupt, HostileGuest.change_rss),
+    *(HostileGuest.ask_for_reports, HostileGuest.change_faults, HostileGuest.pass_time, HostileGuest.start_again),
 )
 
 
-def main() -> None:
-    """Fuzz until the count is reached, with a fresh device every 10,000 inputs."""
-    logging.disable(logging.WARNING)
-    count = int(sys.argv[1])
-    seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    done = 0
-    started = time.perf_counter()
-    while done < count:
-        fuzzer = Fuzzer(seed)
-        try:
-            for _ in range(min(10_000, count - done)):
-                fuzzer.step()
-        except BaseException:
-            print(f"seed {seed}, step {fuzzer.steps}", file=sys.stderr)
-            raise
-        fuzzer.check()
-        done += fuzzer.steps
-        stats = fuzzer.nic.statistics()
-        fuzzer.close()
-        seed += 1
-    print(f"{done} inputs in {time.perf_counter() - started:.0f} s; last device: {stats}")
-
-
-if __name__ == "__main__":
-    main()
+def run(case: bytes, tally: Counter[str]) -> None:
+    """Run one case; see ``run_case``."""
+    run_case(HostileGuest, case, tally)
