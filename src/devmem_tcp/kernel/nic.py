@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Final
 
 from devmem_tcp import contract
-from devmem_tcp.contract import Buffer
+from devmem_tcp.contract import Buffer, check_rx_page_size
 from devmem_tcp.endpoints import TcpListener, open_connection, open_listening
 from devmem_tcp.errors import ClosedError, SteeringWarning
 from devmem_tcp.kernel import netdev
@@ -171,6 +171,7 @@ class KernelNic(contract.Nic):
     def bind_rx(self, buffer: Buffer, queues: Sequence[int], *, rx_page_size: int = PAGE_SIZE) -> KernelRxBinding:
         """See ``contract.Nic.bind_rx``. A SteeringWarning says what other traffic the NIC sends to these queues."""
         self._check_open()
+        check_rx_page_size(rx_page_size)  # kernels that know no page size say something else of it
         self._warn_of_other_traffic(queues)
         self._counters.sample()  # the queues' counters start anew
         return bind_rx(self._registry, self._control, buffer, queues, rx_page_size)

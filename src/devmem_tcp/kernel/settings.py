@@ -42,6 +42,10 @@ class JournalledSetting(contract.Setting):
     def description(self) -> str:
         return self.entry.words
 
+    @property
+    def closed(self) -> bool:
+        return not self._open
+
     def close(self) -> None:
         """Put the old value back. Idempotent; does nothing in a forked child: the setting is its parent's.
 
@@ -67,6 +71,10 @@ class JournalledRules(contract.NtupleRule):
     @property
     def description(self) -> str:
         return " && ".join(setting.description for setting in self._settings)
+
+    @property
+    def closed(self) -> bool:
+        return all(setting.closed for setting in self._settings)
 
     @property
     def rule(self) -> FlowRule:
@@ -108,7 +116,7 @@ class NicSettings(contract.Closing):
         self.nic: Final = nic
         self._journal = journal
         self._state = EthtoolState(nic)
-        self._settings: list[contract.Setting] = []
+        self._settings: list[JournalledSetting | JournalledRules] = []
 
     @property
     def ethtool(self) -> Ethtool:
@@ -240,7 +248,7 @@ class NicSettings(contract.Closing):
                 close_all(made)
             raise
         rules = JournalledRules(made, [_rule_of(setting.entry) for setting in made[1:]])
-        self._settings.append(rules)
+        self._keep(rules)
         return rules
 
     def _add_rule(self, rule: FlowRule, or_destination_only: bool) -> JournalledSetting:
@@ -287,8 +295,12 @@ class NicSettings(contract.Closing):
         entry = journal.change(self._journal, self._state, key, value, words)
         setting = JournalledSetting(self._journal, self._state, entry)
         if keep:
-            self._settings.append(setting)
+            self._keep(setting)
         return setting
+
+    def _keep(self, setting: JournalledSetting | JournalledRules) -> None:
+        """Remember what is to be undone in the end, and forget what was undone before."""
+        self._settings = [*(one for one in self._settings if not one.closed), setting]
 
 
 def _rule_of(entry: journal.Entry) -> FlowRule:

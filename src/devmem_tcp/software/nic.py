@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Final
 
 from devmem_tcp import contract, refusals
-from devmem_tcp.contract import Buffer
+from devmem_tcp.contract import Buffer, check_rx_page_size
 from devmem_tcp.endpoints import TcpListener, open_connection, open_listening
 from devmem_tcp.errors import BindError, ClosedError, KernelError
 from devmem_tcp.nicmodel.header_split import HeaderSplit
@@ -372,16 +372,6 @@ class SoftwareNic(contract.Nic):
 
     def __repr__(self) -> str:
         return f"<Nic {self._name} software, {self._options.rx_queues} RX queues>"
-
-
-def check_rx_page_size(rx_page_size: int) -> None:
-    """Refuse page sizes that bind-rx refuses. Kernel: net/core/netdev-genl.c, netdev_nl_bind_rx_doit."""
-    if rx_page_size < PAGE_SIZE:
-        hint = f"at least {PAGE_SIZE}, not {rx_page_size}"
-        raise BindError(errno.ERANGE, "bind-rx", attr="rx-page-size", hint=hint)
-    if rx_page_size & (rx_page_size - 1):
-        hint = f"{PAGE_SIZE}, {2 * PAGE_SIZE}, …, not {rx_page_size}"
-        raise refusals.PAGE_SIZE_NO_POWER.error(BindError, hint=hint)
 
 
 def check_segments(buffer: Buffer, rx_page_size: int) -> None:
