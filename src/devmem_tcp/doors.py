@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from enum import Enum
 
+from devmem_tcp.broker.client import BrokerControl
 from devmem_tcp.contract import Nic
 from devmem_tcp.errors import BackendFallbackWarning, BackendUnavailable
-from devmem_tcp.probe import probe_kernel
+from devmem_tcp.kernel.control import LocalControl, NicControl
+from devmem_tcp.kernel.nic import KernelNic
+from devmem_tcp.probe import probe_kernel, reasons
 from devmem_tcp.software.nic import SoftwareNic
 from devmem_tcp.software.options import SoftwareOptions
-from devmem_tcp.types import ProbeReport
 
 
 class Backend(Enum):
@@ -21,7 +23,13 @@ class Backend(Enum):
     SOFTWARE = "software"
 
 
-def open_nic(name: str, backend: Backend | str = Backend.AUTO, *, software: SoftwareOptions | None = None) -> Nic:
+def open_nic(
+    name: str,
+    backend: Backend | str = Backend.AUTO,
+    *,
+    software: SoftwareOptions | None = None,
+    via: str | None = None,
+) -> Nic:
     """Open a NIC by name.
 
     The backend is settled here, once: nothing in the environment changes it, and it never changes later.
@@ -31,19 +39,23 @@ def open_nic(name: str, backend: Backend | str = Backend.AUTO, *, software: Soft
         backend: ``kernel`` (Linux devmem TCP), ``software`` (the same contract over ordinary TCP), or ``auto``: kernel
             where every check passes, else software with a BackendFallbackWarning that says why.
         software: options of the software backend.
+        via: the socket of a broker that binds and steers for this program, which then needs no CAP_NET_ADMIN; for the
+            software backend it means nothing.
 
     Raises:
         BackendUnavailable: the backend asked for cannot run here; its ``report`` has every check.
-        KernelError: ENODEV: no such interface.
+        KernelError: the NIC or the broker went away, or changed, since it was probed.
         ValueError: no such backend.
     """
     chosen = Backend(backend)
     if chosen is Backend.SOFTWARE:
         return SoftwareNic(name, software or SoftwareOptions())
-    report = probe_kernel()
+    report = probe_kernel(name, via)
+    if report.ok:
+        return _open_kernel(name, via)
     if chosen is Backend.KERNEL:
         raise BackendUnavailable(
-            f"the kernel backend cannot run: {reasons(report)}",
+            f"the kernel backend cannot run on {name}: {reasons(report)}",
             report=report,
             hint='open_nic(name, backend="software") runs anywhere, over ordinary TCP',
         )
@@ -55,6 +67,10 @@ def open_nic(name: str, backend: Backend | str = Backend.AUTO, *, software: Soft
     return SoftwareNic(name, software or SoftwareOptions())
 
 
-def reasons(report: ProbeReport) -> str:
-    """Return what speaks against a backend, in one line."""
-    return "; ".join(f"{check.name}: {check.found}" for check in report.checks)
+def _open_kernel(name: str, via: str | None) -> Nic:
+    control: NicControl = LocalControl(name) if via is None else BrokerControl(via, name)
+    try:
+        return KernelNic(name, control)
+    except BaseException:
+        control.close()
+        raise

@@ -127,6 +127,23 @@ HEADER_SPLIT_NEEDED: Final = Refusal(
     _RINGS,
     extack="can't disable tcp-data-split while device has memory provider enabled",
 )
+QUEUES_NEEDED: Final = Refusal(
+    "channels-set",
+    errno.EINVAL,
+    "a queue that would go is bound",
+    _UNBIND,
+    "net/ethtool/common.c, ethtool_check_max_channel",
+    extack="requested channel counts are too low for existing memory provider setting (…)",
+)
+HEADER_SPLIT_XDP: Final = Refusal(
+    "rings-set",
+    errno.EINVAL,
+    "an XDP program is attached that wants packets in one piece",
+    "ip link set dev NIC xdp off   # xdpgeneric off, if it is a generic one",
+    _RINGS,
+    extack="tcp-data-split can not be enabled with single buffer XDP",
+    attr="tcp-data-split",
+)
 HDS_THRESH_NEEDED: Final = Refusal(
     "rings-set",
     errno.EINVAL,
@@ -143,6 +160,8 @@ REFUSALS: Final = (
     NO_QUEUES,
     PAGE_SIZE_NO_POWER,
     HEADER_SPLIT_NEEDED,
+    HEADER_SPLIT_XDP,
+    QUEUES_NEEDED,
     HDS_THRESH_NEEDED,
     # bind-rx: the request
     Refusal(
@@ -215,7 +234,7 @@ REFUSALS: Final = (
         "bind-rx",
         errno.EEXIST,
         "an XDP program is attached to the NIC, which would read what the CPU cannot",
-        "ip link set dev NIC xdp off",
+        "ip link set dev NIC xdp off   # xdpgeneric off, if it is a generic one",
         _QUEUE,
         extack="unable to custom memory provider to device with XDP program attached",
     ),

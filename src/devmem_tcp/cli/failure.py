@@ -15,6 +15,7 @@ from typing import IO, Any, Final
 import click
 
 from devmem_tcp.errors import BackendFallbackWarning, BackendUnavailable, DevmemError, StarvationWarning
+from devmem_tcp.types import Severity
 
 EXIT_FAILED: Final = 1
 EXIT_MISMATCH: Final = 3
@@ -100,7 +101,8 @@ def failure_of(error: Exception) -> Failure:
     else:
         message = str(error) or type(error).__name__
     if isinstance(error, BackendUnavailable):
-        hints = [check.fix for check in error.report.checks if check.fix]
+        errors = [check for check in error.report.checks if check.severity is Severity.ERROR]
+        hints = [check.fix.removeprefix("# ") for check in errors if check.fix]
         hints.append("--backend software runs anywhere, over ordinary TCP")
     status = EXIT_MISMATCH if isinstance(error, VerificationFailed) else EXIT_FAILED
     return Failure(message, list(dict.fromkeys(hints)), status)

@@ -96,11 +96,15 @@ def backend_options(buffer_default: str) -> Callable[[Command], Command]:
                     help="What carries the contract; auto says so when it has to settle for software.",
                 ),
                 click.option(
+                    "--via",
+                    type=click.Path(),
+                    metavar="SOCKET",
+                    help="Kernel backend: have a broker bind, steer and allocate (devmem-tcp broker --help).",
+                ),
+                click.option(
                     "--memory",
                     type=click.Choice(["host", "udmabuf", "dma-heap"]),
-                    default="host",
-                    show_default=True,
-                    help="What the buffer is made of.",
+                    help="What the buffer is made of.  [default: udmabuf for the kernel backend, else host]",
                 ),
                 click.option(
                     "--buffer",

@@ -53,7 +53,7 @@ class Request(NicChoice, ReportChoice):
 @click.option(
     "--queue", type=click.IntRange(min=0), default=1, show_default=True, help="RX queue to bind and steer to."
 )
-@backend_options(buffer_default="256M")
+@backend_options(buffer_default="64M")
 @click.option("--read-size", type=Size(), default="1M", show_default=True, help="Most bytes one recvmsg takes.")
 @click.option(
     "--verify",
@@ -93,8 +93,8 @@ def receive(request: Request) -> ReceivedReport:
     with (
         open_output(request.output, force=request.force) as output,
         request.open() as nic,
-        request.allocate() as buffer,
-        steering(nic, request.queue),
+        request.allocate(nic) as buffer,
+        steering(nic, request.queue, spread=request.via is None),
         nic.bind_rx(buffer, [request.queue]) as binding,
         _connection(request, nic) as sock,
     ):

@@ -109,7 +109,7 @@ def send(request: Request) -> SentReport:
     with (
         _source(request, windows) as source,
         request.open() as nic,
-        request.allocate() as buffer,
+        request.allocate(nic) as buffer,
         nic.bind_tx(buffer) as binding,
         _connection(request, nic) as sock,
     ):

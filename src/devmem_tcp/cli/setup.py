@@ -10,6 +10,7 @@ from typing import Any, Final
 import click
 
 from devmem_tcp import memory
+from devmem_tcp.broker.client import BrokerMemory
 from devmem_tcp.cli.failure import say
 from devmem_tcp.cli.report import ListeningEvent, print_json
 from devmem_tcp.contract import Allocator, Buffer, DevmemSocket, Listener, Nic
@@ -25,13 +26,17 @@ _ALLOCATORS: Final[dict[str, Callable[[], Allocator]]] = {
 }
 
 
+_BROKERED: Final = {"udmabuf": "udmabuf", "dma-heap": "dma-heap system"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class NicChoice:
     """Which NIC, backend and memory the user asked for: the options of ``backend_options``."""
 
     nic: str
     backend: str
-    memory: str
+    via: str | None
+    memory: str | None
     buffer_bytes: int
     frag_size: int | None
     congestion: str | None
@@ -48,11 +53,15 @@ class NicChoice:
         given: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
         if given and self.backend == "kernel":
             raise click.UsageError("--frag-size, --congestion and --hostile are for the software backend alone")
-        return open_nic(self.nic, backend=self.backend, software=SoftwareOptions(**given))
+        return open_nic(self.nic, backend=self.backend, software=SoftwareOptions(**given), via=self.via)
 
-    def allocate(self) -> Buffer:
-        """Allocate the buffer to bind."""
-        return _ALLOCATORS[self.memory]().allocate(self.buffer_bytes)
+    def allocate(self, nic: Nic) -> Buffer:
+        """Allocate the buffer to bind to ``nic``; by the broker, if there is one."""
+        real = nic.capabilities.zero_copy
+        kind = self.memory or ("udmabuf" if real else "host")
+        if real and self.via is not None and kind in _BROKERED:
+            return BrokerMemory(self.via, _BROKERED[kind]).allocate(self.buffer_bytes)
+        return _ALLOCATORS[kind]().allocate(self.buffer_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +81,11 @@ class ReportChoice:
 
 
 @contextlib.contextmanager
-def steering(nic: Nic, queue: int) -> Iterator[None]:
+def steering(nic: Nic, queue: int, *, spread: bool = True) -> Iterator[None]:
     """Turn header split on and keep ordinary flows off ``queue``, until the block ends.
+
+    Args:
+        spread: set RSS so; if not, that is somebody else's to do.
 
     Raises:
         DevmemError: the NIC has no such queue, or no other one for ordinary flows.
@@ -84,10 +96,10 @@ def steering(nic: Nic, queue: int) -> Iterator[None]:
         raise DevmemError(f"{nic.name} has no RX queue {queue}", hint=f"--queue takes 0 to {queues - 1}")
     if queues == 1:
         raise DevmemError(f"{nic.name} has one RX queue: none is left for ordinary flows")
-    with (
-        nic.set_header_split("on"),
-        nic.set_rss(weights=[int(other != queue) for other in range(queues)]),
-    ):
+    with contextlib.ExitStack() as held:
+        held.enter_context(nic.set_header_split("on"))
+        if spread:
+            held.enter_context(nic.set_rss(weights=[int(other != queue) for other in range(queues)]))
         yield
 
 
