@@ -27,6 +27,7 @@ esac
 check "style (ruff check)" ruff check --quiet
 check "formatting (ruff format)" ruff format --check --quiet
 check "types (mypy, strict)" mypy
+check "types of tests/guest" mypy tests/guest/*.py
 check "layering (lint-imports)" lint-imports --no-logo
 [ "$what" = lint ] || check "tests (pytest)" pytest "$@"
 
