@@ -4,7 +4,8 @@
 #     tools/lab.sh short      one boot, 16 MiB each way: for continuous integration
 #     tools/lab.sh full       64 MiB each way, at MTU 1500 and 9000, without loss and with 1 % of it; the same on an older
 #                             kernel; and 16 MiB in a memory that is looked at from outside
-#     tools/lab.sh test       tests/guest, the contract on the kernel backend above all, on the newest kernel and an older one
+#     tools/lab.sh test       tests/guest, the contract on the kernel backend above all, and tests/contract, the same on the
+#                             software backend, in the newest kernel and in an older one
 #     tools/lab.sh soak       60 s of TCP, UDP and ping while the NICs and their driver are changed in every way
 #
 # Exit status 0: every byte was right; 75: what the lab needs could not be fetched, so nothing was tried.
@@ -54,7 +55,8 @@ soak() {
 
 tests() {
     printf '\n== lab: tests/guest%s\n' "${1:+, }$*"
-    $lab run --quiet --memory 2G --queues 6 --timeout 900 "$@" -- .venv/bin/python -m pytest tests/guest
+    $lab run --quiet --memory 2G --timeout 1800 "$@" -- sh -c \
+        '.venv/bin/python -m pytest tests/guest && .venv/bin/python -m pytest tests/contract'
 }
 
 case ${1-} in

@@ -53,15 +53,15 @@ def far() -> FarEnd:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def guest_settings() -> None:
+def guest_settings(far: FarEnd) -> None:
     """Keep what the kernel does in its own time from blurring what a test sees; all of it is forgotten with the guest.
 
     Neighbours are fixed, as a NIC loses them whenever its queues restart, and an ARP packet that RSS sends to a bound
     queue is lost.
     """
-    for path, value in (("net/core/skb_defer_max", "0"), ("net/ipv4/tcp_rto_max_ms", "1000")):
-        Path("/proc/sys", path).write_text(value, encoding="ascii")
-    namespace = os.environ["REMOTE_ARGS"]
+    Path("/proc/sys/net/core/skb_defer_max").write_text("0", encoding="ascii")
+    far.make(lambda: Path("/proc/sys/net/ipv4/tcp_rto_max_ms").write_text("1000", encoding="ascii"))
+    namespace = far.namespace
     near_mac = Path("/sys/class/net", NETIF, "address").read_text(encoding="ascii").strip()
     (peer,) = (one for one in links("-netns", namespace) if one["link_type"] == "ether")
     for address in NEAR:
