@@ -16,8 +16,6 @@ import msgspec
 from loopback import HOST
 
 HERE: Final = Path(__file__).resolve().parent
-SOURCE: Final = HERE / "tcp_limit.c"
-BINARY: Final = HERE / "build" / "tcp_limit"
 PLAIN_ENDS: Final = (sys.executable, str(HERE / "plain_ends.py"))
 SOFTWARE_ENDS: Final = (sys.executable, str(HERE / "software_ends.py"))
 
@@ -68,14 +66,20 @@ class Pair(msgspec.Struct, frozen=True):
 
 
 def built_limit() -> tuple[str, ...] | None:
-    """Compile the C program if it is missing or older than its source; None on a machine without a C compiler."""
+    """Return the C program that throughput.py measures against; None on a machine without a C compiler."""
+    return built("tcp_limit")
+
+
+def built(name: str) -> tuple[str, ...] | None:
+    """Compile ``name``.c if that is missing or older than its source; None on a machine without a C compiler."""
     compiler = shutil.which("cc")
     if compiler is None:
         return None
-    if not BINARY.exists() or BINARY.stat().st_mtime < SOURCE.stat().st_mtime:
-        BINARY.parent.mkdir(exist_ok=True)
-        subprocess.run([compiler, "-O2", "-Wall", "-Wextra", "-o", str(BINARY), str(SOURCE)], check=True)
-    return (str(BINARY),)
+    source, binary = HERE / f"{name}.c", HERE / "build" / name
+    if not binary.exists() or binary.stat().st_mtime < source.stat().st_mtime:
+        binary.parent.mkdir(exist_ok=True)
+        subprocess.run([compiler, "-O2", "-Wall", "-Wextra", "-o", str(binary), str(source)], check=True)
+    return (str(binary),)
 
 
 def cpus_apart() -> Placement | None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from devmem_tcp.sansio.held import HeldTokens
 from devmem_tcp.sansio.tokens import dontneed_calls, run_of
-from devmem_tcp.types import U32Array
+from devmem_tcp.types import FRAG_DTYPE, FragArray, U32Array
 from devmem_tcp.uapi.socket import MAX_DONTNEED_FRAGS, pack_tokens
 
 
@@ -17,8 +17,9 @@ def column(*numbers: int) -> U32Array:
 
 
 def record(held: HeldTokens, tokens: list[int], *, dmabuf_id: int = 1, size: int = 10, now: float = 0.0) -> None:
-    column = np.array(tokens, np.uint32)
-    held.record(column, np.full_like(column, dmabuf_id), np.full_like(column, size), now, run_of(column))
+    frags: FragArray = np.zeros(len(tokens), FRAG_DTYPE)
+    frags["token"], frags["dmabuf_id"], frags["size"] = tokens, dmabuf_id, size
+    held.record(frags, now, run_of(frags["token"]))
 
 
 def test_a_run_is_neighbours_in_order() -> None:
@@ -61,13 +62,34 @@ def test_one_call_looks_at_1024_tokens() -> None:
     assert held.strike(pack_tokens([2000, 1025], [1000, 100])) == 24
 
 
+def test_a_run_that_is_out_whole_is_known_by_its_frags() -> None:
+    held = HeldTokens()
+    frags: FragArray = np.zeros(3, FRAG_DTYPE)
+    frags["token"] = (5, 6, 7)
+    held.record(frags, 0.0, run_of(frags["token"]))
+    assert held.run_of(frags) == (5, 3)
+    assert held.run_of(frags.copy()) is None
+    assert held.run_of(frags[:0]) is None
+    assert held.strike(pack_tokens([5], [1])) == 1
+    assert held.run_of(frags) is None
+    assert held.strike(pack_tokens([5], [3])) == 2
+    assert held.outstanding == 0
+
+
 def test_what_is_not_out_counts_nothing() -> None:
     held = HeldTokens()
     record(held, [1, 2])
-    for start, count in ((0, 1), (3, 5), (1, 0), (0xFFFF_FFFF, 0xFFFF_FFFF), (1 << 20, 1)):
+    for start, count in ((0, 1), (3, 5), (1, 0), (0xFFFF_FFFF, 1), (1 << 20, 1)):
         assert held.strike(pack_tokens([start], [count])) == 0
     assert held.strike(pack_tokens([2, 2], [1, 1])) == 1
     assert held.outstanding == 1
+
+
+def test_a_range_goes_on_at_0_after_the_last_number() -> None:
+    held = HeldTokens()
+    record(held, [1, 2, 3])
+    assert held.strike(pack_tokens([0xFFFF_FFFF], [4])) == 2
+    assert held.out().tolist() == [3]
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sets(st.integers(1, 5000), min_size=1, max_size=60)), max_size=12))

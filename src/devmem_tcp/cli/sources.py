@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 from devmem_tcp.testing.patterns import pattern
 
 STDIN: Final = "-"
+_PIPE_BYTES: Final = 1 << 20  # what anybody may ask for: fs.pipe-max-size, by default
 
 
 class Source(Protocol):
@@ -43,6 +45,9 @@ class FileSource:
         self.is_terminal: Final = os.isatty(fd)
         status = os.fstat(fd)
         self.total: Final = status.st_size if stat.S_ISREG(status.st_mode) else None
+        if stat.S_ISFIFO(status.st_mode):  # or no window ever gets more than the 64 KiB that a pipe starts with
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
     def fill(self, target: memoryview) -> int:
         return os.readv(self._fd, [target])

@@ -82,7 +82,7 @@ class Inbound:
             inline = memoryview(bytes(self._message.data[:linear])) if linear else _NO_INLINE
         if len(held):
             with self._lock:
-                self.tokens.record(held["token"], held["dmabuf_id"], held["size"], time.monotonic(), run)
+                self.tokens.record(held, time.monotonic(), run)
         self.linear_bytes += linear
         self.dmabuf_bytes += taken - linear
         self.frags += len(frags)

@@ -31,7 +31,7 @@ from devmem_tcp.kernel.attachment import Registry
 from devmem_tcp.kernel.receiving import Inbound
 from devmem_tcp.kernel.sending import Outbound, Pieces
 from devmem_tcp.kernel.starvation import starvation
-from devmem_tcp.sansio.tokens import dontneed_calls
+from devmem_tcp.sansio.tokens import dontneed_calls, run_calls
 from devmem_tcp.sys import calls
 from devmem_tcp.types import Address, CompletionRange, FragBatch, SocketStats, TokenHolder, TokenRangeArray
 from devmem_tcp.uapi.socket import CONTROL_SPACE_PER_FRAG, SO_INCOMING_NAPI_ID
@@ -149,9 +149,11 @@ class KernelSocket(contract.DevmemSocket):
     def release(self, batch: FragBatch) -> None:
         if self._closed:
             return
-        tokens = batch.tokens
-        freed = sum([self.dontneed(ranges) for ranges in dontneed_calls(tokens)])
-        asked = int(np.count_nonzero(tokens))
+        frags = batch.frags
+        run = self._inbound.tokens.run_of(frags)
+        asked = run[1] if run is not None else int(np.count_nonzero(frags["token"]))
+        returned = run_calls(*run) if run is not None else dontneed_calls(frags["token"])
+        freed = sum([self.dontneed(ranges) for ranges in returned])
         if freed != asked:
             raise TokenError(
                 f"{asked} tokens of a batch were returned and {freed} of them were out",

@@ -6,13 +6,13 @@ rules (see ``sansio.tokens``).
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from devmem_tcp.sansio.tokens import named_tokens
-from devmem_tcp.types import TokenRangeArray, U8Array, U32Array
+from devmem_tcp.types import FragArray, TokenRangeArray, U8Array, U32Array
 from devmem_tcp.uapi.socket import MAX_DONTNEED_FRAGS
 
 _FREE: Final = 0
@@ -20,18 +20,29 @@ _OUT: Final = 1
 _FIRST_CAPACITY: Final = 2048  # more than one recvmsg brings by default
 
 
-class HeldTokens:
-    """Which tokens of one socket are out. Changes are one thread's at a time; ``held`` may be asked from any."""
+class _Run(NamedTuple):
+    """Tokens that are neighbours, one of each frag, all of them out; when they were issued."""
 
-    __slots__ = ("_dmabuf_ids", "_issued_at", "_sizes", "_state", "_states", "outstanding")
+    frags: FragArray
+    issued_at: float
+
+
+class HeldTokens:
+    """Which tokens of one socket are out. Changes are one thread's at a time; ``held`` may be asked from any.
+
+    What a recvmsg brings is mostly a run, and comes back as one: so runs are kept whole, by their first token, as long
+    as they are struck out from their start. Any other tokens have a row each in four columns.
+    """
+
+    __slots__ = ("_dmabuf_ids", "_issued_at", "_runs", "_sizes", "_states", "outstanding")
 
     def __init__(self) -> None:
         self.outstanding = 0
+        self._runs: dict[int, _Run] = {}
         self._allot(_FIRST_CAPACITY)
 
     def _allot(self, capacity: int) -> None:
-        self._state = bytearray(capacity)
-        self._states: U8Array = np.frombuffer(self._state, np.uint8)  # the same bytes: count() for runs, NumPy for rest
+        self._states: U8Array = np.zeros(capacity, np.uint8)
         self._sizes: U32Array = np.zeros(capacity, np.uint32)
         self._dmabuf_ids: U32Array = np.zeros(capacity, np.uint32)
         self._issued_at: npt.NDArray[np.float64] = np.zeros(capacity, np.float64)
@@ -44,19 +55,41 @@ class HeldTokens:
         self._issued_at[: len(issued_at)] = issued_at
         self._states[: len(states)] = states
 
-    def record(
-        self, tokens: U32Array, dmabuf_ids: U32Array, sizes: U32Array, now: float, run: tuple[int, int] | None
-    ) -> None:
-        """Note tokens that are handed out; columns of shape (n,), n > 0, and what ``run_of`` says of them."""
-        highest = sum(run) - 1 if run is not None else int(tokens.max())
-        if highest >= len(self._state):
+    def record(self, frags: FragArray, now: float, run: tuple[int, int] | None) -> None:
+        """Note tokens that are handed out.
+
+        Args:
+            frags: shape (n,), n > 0, each with its token; kept, so they must not change any more.
+            run: what ``sansio.tokens.run_of`` says of the tokens.
+        """
+        self.outstanding += len(frags)
+        if run is None:
+            self._note(frags, now)
+        else:
+            self._runs[run[0]] = _Run(frags, now)
+
+    def _note(self, frags: FragArray, now: float) -> None:
+        """Give each token its row."""
+        tokens = frags["token"]
+        highest = int(tokens.max())
+        if highest >= len(self._states):
             self._grow(highest)
-        where = slice(run[0], highest + 1) if run is not None else tokens
-        self._sizes[where] = sizes
-        self._dmabuf_ids[where] = dmabuf_ids
-        self._issued_at[where] = now
-        self._states[where] = _OUT
-        self.outstanding += len(tokens)
+        self._sizes[tokens] = frags["size"]
+        self._dmabuf_ids[tokens] = frags["dmabuf_id"]
+        self._issued_at[tokens] = now
+        self._states[tokens] = _OUT
+
+    def _break_up_runs(self) -> None:
+        """Give each token of every run its row. In between, a token is in both places rather than in none."""
+        for first, run in list(self._runs.items()):
+            self._note(run.frags, run.issued_at)
+            del self._runs[first]
+
+    def run_of(self, frags: FragArray) -> tuple[int, int] | None:
+        """Return (first, count) if the tokens of these very frags were recorded as a run and all of them are out."""
+        first = frags["token"].item(0) if len(frags) else 0
+        run = self._runs.get(first)
+        return (first, len(frags)) if run is not None and run.frags is frags else None
 
     def strike(self, ranges: TokenRangeArray) -> int:
         """Strike out tokens that are given back, by the rules of one SO_DEVMEM_DONTNEED call; returns how many.
@@ -67,11 +100,15 @@ class HeldTokens:
         if len(ranges) == 1:
             start, count = ranges.item(0)
             count = min(count, MAX_DONTNEED_FRAGS)
-            if start + count <= len(self._state) and self._state.count(_OUT, start, start + count) == count:
-                self._states[start : start + count] = _FREE
+            run = self._runs.get(start)
+            if run is not None and 0 < count <= len(run.frags):
+                if count < len(run.frags):
+                    self._runs[start + count] = _Run(run.frags[count:], run.issued_at)
+                del self._runs[start]
                 self.outstanding -= count
                 return count
-        named = named_tokens(ranges, len(self._state))
+        self._break_up_runs()
+        named = named_tokens(ranges, len(self._states))
         out = named[self._states[named] == _OUT]
         self._states[out] = _FREE
         self.outstanding -= len(out)
@@ -79,6 +116,7 @@ class HeldTokens:
 
     def out(self) -> U32Array:
         """Return the tokens that are out, ascending, shape (n,)."""
+        self._break_up_runs()
         return np.flatnonzero(self._states).astype(np.uint32)
 
     def held(self, dmabuf_id: int) -> tuple[int, int, float]:
@@ -89,6 +127,10 @@ class HeldTokens:
         states, ids, sizes, issued_at = self._states, self._dmabuf_ids, self._sizes, self._issued_at
         capacity = min(len(states), len(ids), len(sizes), len(issued_at))  # they may have grown in between
         out = np.flatnonzero((states[:capacity] == _OUT) & (ids[:capacity] == dmabuf_id))
-        if not len(out):
-            return 0, 0, 0.0
-        return len(out), int(sizes[out].sum(dtype=np.uint64)), float(issued_at[out].min())
+        count, size, oldest = len(out), int(sizes[out].sum(dtype=np.uint64)), issued_at[out].min(initial=np.inf)
+        for run in list(self._runs.values()):
+            ours = run.frags["size"][run.frags["dmabuf_id"] == dmabuf_id]
+            if len(ours):
+                count, size = count + len(ours), size + int(ours.sum(dtype=np.uint64))
+                oldest = min(oldest, run.issued_at)
+        return (count, size, float(oldest)) if count else (0, 0, 0.0)

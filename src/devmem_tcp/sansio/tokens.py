@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from devmem_tcp.errors import KernelError
 from devmem_tcp.types import TokenRange, TokenRangeArray, U32Array
-from devmem_tcp.uapi.socket import MAX_DONTNEED_FRAGS, MAX_DONTNEED_TOKENS, TOKEN_DTYPE
+from devmem_tcp.uapi.socket import DMABUF_TOKEN, MAX_DONTNEED_FRAGS, MAX_DONTNEED_TOKENS, TOKEN_DTYPE
 
 _FREE: Final = 0
 _LIVE: Final = 1
@@ -214,9 +214,7 @@ def dontneed_calls(tokens: U32Array) -> Iterator[TokenRangeArray]:
         Arrays of TOKEN_DTYPE, each at most 128 ranges and 1024 tokens in all.
     """
     if (run := run_of(tokens)) is not None:
-        first, count = run
-        for at in range(0, count, MAX_DONTNEED_FRAGS):
-            yield np.array([(first + at, min(count - at, MAX_DONTNEED_FRAGS))], TOKEN_DTYPE)
+        yield from run_calls(*run)
         return
     if len(tokens) > 1 and not (tokens[1:] > tokens[:-1]).all():
         tokens = np.unique(tokens)
@@ -226,6 +224,12 @@ def dontneed_calls(tokens: U32Array) -> Iterator[TokenRangeArray]:
         ranges = _merge(tokens[at : at + MAX_DONTNEED_FRAGS])
         for first in range(0, len(ranges), MAX_DONTNEED_TOKENS):
             yield ranges[first : first + MAX_DONTNEED_TOKENS]
+
+
+def run_calls(first: int, count: int) -> Iterator[TokenRangeArray]:
+    """Split a run of tokens into as few DONTNEED calls as the limits allow; yields arrays of TOKEN_DTYPE."""
+    for at in range(0, count, MAX_DONTNEED_FRAGS):
+        yield np.frombuffer(DMABUF_TOKEN.pack(first + at, min(count - at, MAX_DONTNEED_FRAGS)), TOKEN_DTYPE)
 
 
 def _merge(tokens: U32Array) -> TokenRangeArray:
