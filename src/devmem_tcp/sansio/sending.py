@@ -1,0 +1,227 @@
+"""The sender's end of a session; the rules are in ``sansio.session``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from devmem_tcp.errors import LocalProtocolError, RemoteProtocolError
+from devmem_tcp.sansio.credit import SendCredit
+from devmem_tcp.sansio.frames import (
+    MAX_CHECKSUM,
+    MAX_MESSAGE,
+    MIN_PIECE,
+    Announce,
+    Cancel,
+    CancelTaken,
+    ChecksumKind,
+    Credit,
+    Decline,
+    Done,
+    Limits,
+    Role,
+    SessionFrame,
+    encode_announce,
+    printable,
+)
+from devmem_tcp.sansio.outgoing import Outgoing, Piece
+from devmem_tcp.sansio.session import (
+    CreditGranted,
+    KeepAlive,
+    MessageDeclined,
+    MessagesFinished,
+    Session,
+    SessionState,
+)
+from devmem_tcp.sansio.stripes import DEFAULT_PIECE_BYTES, choose_stripes
+
+
+class SenderSession(Session):
+    """The sender's end. Announce a message, then send what ``next_piece`` says on each lane.
+
+    Args:
+        checksums: kinds that both ends have.
+        piece_bytes: how large the pieces are that a message is striped in.
+    """
+
+    role = Role.SENDER
+
+    def __init__(
+        self,
+        *,
+        limits: Limits,
+        now: float,
+        keep_alive: KeepAlive | None = None,
+        checksums: frozenset[ChecksumKind] = frozenset(),
+        piece_bytes: int = DEFAULT_PIECE_BYTES,
+    ) -> None:
+        super().__init__(limits=limits, now=now, keep_alive=keep_alive)
+        if not MIN_PIECE <= piece_bytes <= MAX_MESSAGE:
+            raise ValueError(f"pieces of {piece_bytes} bytes: {MIN_PIECE} to {MAX_MESSAGE} are allowed")
+        self._credit = SendCredit()
+        self._outgoing = Outgoing(self.lanes, self._credit)
+        self._checksums = checksums | {ChecksumKind.NONE}
+        self._checksums_due: set[int] = set()
+        self._piece_bytes = piece_bytes
+        self._finished = 0
+        self._closing = False
+
+    @property
+    def may_announce(self) -> bool:
+        """Whether there is credit for another message, and nobody said Goodbye."""
+        return self.state is SessionState.OPEN and not self._closing and self._credit.messages_left > 0
+
+    @property
+    def announced(self) -> int:
+        """Messages announced so far."""
+        return self._credit.taken_messages
+
+    def announce(
+        self,
+        *,
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        nbytes: int,
+        order: Literal["C", "F"] = "C",
+        checksum_kind: ChecksumKind = ChecksumKind.NONE,
+        metadata: bytes = b"",
+        confirm: bool = False,
+    ) -> int:
+        """Announce a message, and return its id; ``next_piece`` then says what of it to send where.
+
+        Args:
+            name, dtype, shape, order: what the receiver is told of it.
+            nbytes: its size.
+            checksum_kind: ``finish`` must then be called, before or after its bytes are sent.
+            metadata: from ``frames.encode_metadata``.
+            confirm: have the receiver report at once that it is finished, not with its next grant.
+
+        Raises:
+            ValueError: a value is not for the wire, or over what the receiver takes.
+            LocalProtocolError: no credit, or a side said Goodbye.
+        """
+        self._check_lives()
+        if self._closing or self.state is not SessionState.OPEN:
+            who = "this side" if self._closing else "the receiver"
+            raise LocalProtocolError(f"{who} is closing the session: no message can be announced")
+        if nbytes > self._limits.message_bytes or len(metadata) > self._limits.metadata_bytes:
+            raise ValueError(
+                f"{nbytes} bytes with {len(metadata)} of metadata: the receiver takes {self._limits.message_bytes} and "
+                f"{self._limits.metadata_bytes}"
+            )
+        if checksum_kind not in self._checksums:
+            raise ValueError(f"the receiver cannot verify {checksum_kind.value}")
+        stripes = choose_stripes(nbytes, self._outgoing.backlog, self._piece_bytes)
+        message_id = self._credit.taken_messages
+        data = encode_announce(
+            Announce(
+                message_id,
+                name,
+                dtype,
+                list(shape),
+                order,
+                nbytes,
+                stripes,
+                checksum_kind,
+                confirm,
+                metadata,
+            )
+        )
+        self._credit.take_message()
+        self._outgoing_bytes += data
+        self._outgoing.add(message_id, nbytes, stripes)
+        if checksum_kind is not ChecksumKind.NONE:
+            self._checksums_due.add(message_id)
+        return message_id
+
+    def next_piece(self, lane: int) -> Piece | None:
+        """Return the bytes to send next on a lane, as far as credit goes; None: none now. Then call ``sent``."""
+        self._check_not_failed()
+        return self._outgoing.next_piece(lane)
+
+    def sent(self, lane: int, nbytes: int, now: float) -> None:
+        """Note that the first ``nbytes`` of ``next_piece`` were given to the data connection.
+
+        Raises:
+            LocalProtocolError: that piece is shorter.
+        """
+        self._check_not_failed()
+        self._outgoing.sent(lane, nbytes)
+        self._alive(now)
+        self._advance()
+
+    def finish(self, message_id: int, checksum: bytes) -> bool:
+        """Give the checksum of a message that was announced with one; answers whether it was still due.
+
+        It is not once the message is cancelled, as it is when the receiver has declined it.
+
+        Raises:
+            ValueError: a checksum has 1 to 32 bytes.
+            LocalProtocolError: the message was not announced.
+        """
+        self._check_not_failed()
+        self._check_announced(message_id)
+        if not 0 < len(checksum) <= MAX_CHECKSUM:
+            raise ValueError(f"a checksum of {len(checksum)} bytes, where 1 to {MAX_CHECKSUM} are allowed")
+        if message_id not in self._checksums_due:
+            return False
+        self._checksums_due.remove(message_id)
+        self._send(Done(message_id, checksum))
+        self._advance()
+        return True
+
+    def cancel(self, message_id: int, words: str) -> bool:
+        """Take a message back; answers whether that was possible: False: all of it is sent.
+
+        First tell by ``sent`` what was given to a lane. The message's memory is free once such sends are complete.
+        """
+        self._check_not_failed()
+        self._check_announced(message_id)
+        cancelled = self._cancel(message_id, words)
+        self._advance()
+        return cancelled
+
+    def close(self) -> None:
+        if self.ending is None:
+            self._closing = True
+            self._advance()
+
+    def _check_announced(self, message_id: int) -> None:
+        if not 0 <= message_id < self.announced:
+            raise LocalProtocolError(f"message {message_id} was not announced")
+
+    def _cancel(self, message_id: int, words: str) -> bool:
+        if not self._outgoing.is_unsent(message_id):
+            return False
+        self._checksums_due.discard(message_id)
+        self._send(Cancel(message_id, self._outgoing.cancel(message_id), printable(words)))
+        return True
+
+    def _take_of_role(self, frame: SessionFrame) -> None:
+        match frame:
+            case Credit():
+                if not self._finished <= frame.finished <= self.announced:
+                    raise RemoteProtocolError(f"{frame.finished} messages finished, of {self.announced} announced")
+                self._credit.grant(frame.total_bytes, frame.total_messages)
+                if frame.finished > self._finished:
+                    self._finished = frame.finished
+                    self._events.append(MessagesFinished(frame.finished))
+                self._events.append(CreditGranted())
+            case CancelTaken():
+                self._outgoing.cancel_taken(frame.message_id)
+            case Decline():
+                if frame.message_id >= self.announced:
+                    raise RemoteProtocolError(f"message {frame.message_id} was declined, and never announced")
+                self._cancel(frame.message_id, frame.words)
+                self._events.append(MessageDeclined(frame.message_id, frame.words))
+
+    def _advance(self) -> None:
+        leaving = self._closing or self.state is SessionState.LEFT
+        silent = self.state in (SessionState.OPEN, SessionState.LEFT)
+        if leaving and silent and not self._outgoing and not self._checksums_due:
+            self._say_goodbye()
+        if self.state is SessionState.PARTING and self._finished == self.announced:
+            self._close()
+
+    def _under_way(self) -> str:
+        return f": {self._finished} of {self.announced} messages are known to have arrived"
