@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -32,6 +32,7 @@ class NicState:
     features: dict[str, object]
     rules: tuple[object, ...]
     bound: dict[int, int]
+    addresses: frozenset[str]
 
     @classmethod
     def read(cls) -> NicState:
@@ -43,6 +44,12 @@ class NicState:
                 features=dict(ethtool.features()),
                 rules=ethtool.rules(),
                 bound={queue.queue: queue.dmabuf_id for queue in netdev.queues(ethtool.ifindex) if queue.dmabuf_id},
+                addresses=frozenset(
+                    address["local"]
+                    for one in json.loads(ip("-json", "address", "show", "dev", NETIF, "scope", "global"))
+                    for address in one.get("addr_info", ())
+                    if "local" in address  # older ip(8) lists empty ones
+                ),
             )
 
 
@@ -80,6 +87,23 @@ def guest_settings(far: FarEnd) -> None:
         )
     for name in ("REMOTE_V4", "REMOTE_V6"):
         ip("neigh", "replace", os.environ[name], "lladdr", peer["address"], "dev", NETIF, "nud", "permanent")
+
+
+@pytest.fixture
+def configure() -> Iterator[Callable[[], None]]:
+    """Gives what gives the NIC its addresses and neighbours again, which a link that goes down takes away."""
+    neighbours = json.loads(ip("-json", "neigh", "show", "dev", NETIF, "nud", "permanent"))
+
+    def again() -> None:
+        ip("link", "set", NETIF, "up")
+        for address, how in zip(NEAR, (["24"], ["64", "nodad"]), strict=True):
+            length, *options = how
+            ip("addr", "replace", f"{address}/{length}", "dev", NETIF, *options)
+        for one in neighbours:
+            ip("neigh", "replace", one["dst"], "lladdr", one["lladdr"], "dev", NETIF, "nud", "permanent")
+
+    yield again
+    again()
 
 
 def links(*options: str) -> list[dict[str, str]]:

@@ -212,23 +212,6 @@ def test_a_queues_counters_start_anew_with_it(far: FarEnd, buffer: Buffer) -> No
     assert napi() != before
 
 
-@pytest.fixture
-def configure() -> Iterator[Callable[[], None]]:
-    """Gives what gives the NIC its addresses and neighbours again, which a link that goes down takes away."""
-    neighbours = json.loads(run("ip", "-json", "neigh", "show", "dev", NETIF, "nud", "permanent"))
-
-    def again() -> None:
-        run("ip", "link", "set", NETIF, "up")
-        for address, how in zip(NEAR, (["24"], ["64", "nodad"]), strict=True):
-            length, *options = how
-            run("ip", "addr", "replace", f"{address}/{length}", "dev", NETIF, *options)
-        for one in neighbours:
-            run("ip", "neigh", "replace", one["dst"], "lladdr", one["lladdr"], "dev", NETIF, "nud", "permanent")
-
-    yield again
-    again()
-
-
 @pytest.mark.usefixtures("settings")
 def test_a_binding_outlives_the_link_going_down(far: FarEnd, buffer: Buffer, configure: Callable[[], None]) -> None:
     with bound(buffer) as dmabuf_id:

@@ -104,19 +104,6 @@ def test_the_nic_is_among_the_devices(nic: int) -> None:
     assert netdev.devices(nic) == [device for device in listed if device.ifindex == nic]
 
 
-def test_each_queue_has_a_napi_instance_of_its_own(nic: int) -> None:
-    queues = netdev.queues(nic)
-    rx = [queue.queue for queue in queues if queue.type is QueueType.RX]
-    tx = [queue.queue for queue in queues if queue.type is QueueType.TX]
-    assert rx == list(range(len(rx)))
-    assert tx == list(range(len(tx)))
-    assert len(rx) > 2
-    napis = {napi.napi_id: napi for napi in netdev.napis(nic)}
-    assert {queue.napi_id for queue in queues} == set(napis)
-    assert len(napis) == len(queues)
-    assert all(napi.irq for napi in napis.values())
-
-
 def test_each_rx_queue_has_a_page_pool_with_pages_out(nic: int) -> None:
     pools = netdev.page_pools(nic)
     serving = {queue.napi_id for queue in netdev.queues(nic) if queue.type is QueueType.RX}
@@ -299,6 +286,7 @@ def test_a_value_out_of_range_comes_with_the_range(nic: int, netlink: GenericNet
     assert caught.value.hint == "ifindex must be 1 to 4294967295"
 
 
+@pytest.mark.usefixtures("configure")
 def test_a_nic_that_is_down_tells_of_no_queue_and_is_not_bound(nic: int, buffer: Buffer) -> None:
     run("ip", "link", "set", NIC, "down")
     try:

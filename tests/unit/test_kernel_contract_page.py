@@ -14,6 +14,7 @@ ROOT: Final = Path(__file__).parents[2]
 PAGE: Final = (ROOT / "docs/kernel-contract.md").read_text(encoding="utf-8")
 AREAS: Final = {test.id.partition("-")[0] for test in contract_tests()}
 MODULES: Final = {
+    "fresh": "test_a_fresh_nic",
     "netdev": "test_netdev",
     "ethtool": "test_ethtool",
     "socket": "test_kernel_socket",
