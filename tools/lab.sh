@@ -2,8 +2,8 @@
 # Try the lab: boot a stock kernel on NICs written in Python, and move data by devmem TCP both ways in it.
 #
 #     tools/lab.sh short      one boot, 16 MiB each way: for continuous integration
-#     tools/lab.sh full       64 MiB each way, at MTU 1500 and 9000, without loss and with 1 % of it; the same on an older
-#                             kernel; and 16 MiB in a memory that is looked at from outside
+#     tools/lab.sh full       64 MiB each way, at MTU 1500 and 9000, without loss and with 1 % of it; 16 MiB on an older
+#                             kernel; and 4 MiB in a memory that is looked at from outside
 #     tools/lab.sh test       tests/guest, the contract on the kernel backend above all, and tests/contract, the same on the
 #                             software backend, in the newest kernel and in an older one
 #     tools/lab.sh soak       60 s of TCP, UDP and ping while the NICs and their driver are changed in every way
@@ -81,7 +81,7 @@ else
     trial 67108864 --mtu 9000
     trial 67108864 --drop 0.01
     trial 67108864 --mtu 9000 --drop 0.01
-    older trial 67108864
+    older trial 16777216
     printf '\n== lab: device memory, looked at from outside\n'
-    .venv/bin/python -m devmem_tcp.lab.outside
+    .venv/bin/python -m devmem_tcp.lab.outside --bytes 4194304
 fi
