@@ -455,6 +455,10 @@ class Nic(Closing):
     @abstractmethod
     def name(self) -> str: ...
 
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClosedError(f"NIC {self.name} is closed")
+
     @property
     @abstractmethod
     def capabilities(self) -> Capabilities: ...
@@ -497,7 +501,6 @@ class Nic(Closing):
     def rss_table(self) -> tuple[int, ...]:
         """The RSS indirection table: a queue for each hash bucket."""
 
-    @abstractmethod
     def add_ntuple(
         self,
         rule: FlowRule | None = None,
@@ -518,6 +521,20 @@ class Nic(Closing):
             ValueError: no queue, nothing to match on, a malformed address, a location for two rules.
             NicSettingError: EINVAL: no such queue; ENOSPC: table full.
         """
+        self._check_open()
+        fields = (queue, src_ip, dst_ip, src_port, dst_port, family, location)
+        if rule is not None:
+            if any(field is not None for field in fields):
+                raise ValueError("give add_ntuple a FlowRule or its fields, not both")
+            return self.insert_rule(rule)
+        if queue is None:
+            raise ValueError("an ntuple rule needs queue=, where matching flows go")
+        chosen = Family(family) if family else None
+        return self.insert_rule(FlowRule(queue, chosen, src_ip, dst_ip, src_port, dst_port, location=location))
+
+    @abstractmethod
+    def insert_rule(self, rule: FlowRule) -> NtupleRule:
+        """Do what ``add_ntuple`` says of a FlowRule."""
 
     @property
     @abstractmethod

@@ -13,7 +13,7 @@ from typing import Any, Final
 from devmem_tcp import contract
 from devmem_tcp.contract import Buffer, check_rx_page_size
 from devmem_tcp.endpoints import TcpListener, open_connection, open_listening
-from devmem_tcp.errors import ClosedError, SteeringWarning
+from devmem_tcp.errors import SteeringWarning
 from devmem_tcp.kernel import netdev
 from devmem_tcp.kernel.attachment import Registry
 from devmem_tcp.kernel.binding import KernelRxBinding, KernelTxBinding, bind_rx, bind_tx
@@ -25,13 +25,11 @@ from devmem_tcp.kernel.socket import BACKEND, KernelSocket
 from devmem_tcp.nicmodel.indirection import IndirectionTable
 from devmem_tcp.nicmodel.isolation import OtherRule, isolation_warnings
 from devmem_tcp.nicmodel.misdirection import check_steering
-from devmem_tcp.nicmodel.ntuple import rule_or_fields
 from devmem_tcp.sys import calls
 from devmem_tcp.types import (
     PAGE_SIZE,
     Address,
     Capabilities,
-    Family,
     FlowRule,
     HeaderSplitMode,
     NicStats,
@@ -99,10 +97,6 @@ class KernelNic(contract.Nic):
     def closed(self) -> bool:
         return self._closed
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError(f"NIC {self._name} is closed")
-
     # --- settings ---
 
     @property
@@ -136,30 +130,9 @@ class KernelNic(contract.Nic):
         self._check_open()
         return self._ethtool.rss().table
 
-    def add_ntuple(
-        self,
-        rule: FlowRule | None = None,
-        *,
-        queue: int | None = None,
-        src_ip: str | None = None,
-        dst_ip: str | None = None,
-        src_port: int | None = None,
-        dst_port: int | None = None,
-        family: Family | str | None = None,
-        location: int | None = None,
-    ) -> contract.NtupleRule:
+    def insert_rule(self, rule: FlowRule) -> contract.NtupleRule:
         self._check_open()
-        wanted = rule_or_fields(
-            rule,
-            queue=queue,
-            src_ip=src_ip,
-            dst_ip=dst_ip,
-            src_port=src_port,
-            dst_port=dst_port,
-            family=family,
-            location=location,
-        )
-        return self._control.add_ntuple(wanted)
+        return self._control.add_ntuple(rule)
 
     @property
     def ntuple_rules(self) -> tuple[FlowRule, ...]:

@@ -140,32 +140,6 @@ class NtupleTable:
             self._lookups[rule.family].setdefault(mask, {}).setdefault(value, (location, rule.queue))
 
 
-def rule_or_fields(
-    rule: FlowRule | None,
-    *,
-    queue: int | None,
-    src_ip: str | None,
-    dst_ip: str | None,
-    src_port: int | None,
-    dst_port: int | None,
-    family: Family | str | None,
-    location: int | None,
-) -> FlowRule:
-    """Return the rule that ``add_ntuple`` was given: as one, or as its fields.
-
-    Raises:
-        ValueError: neither, or both.
-    """
-    if rule is None:
-        if queue is None:
-            raise ValueError("an ntuple rule needs queue=, where matching flows go")
-        chosen = Family(family) if family else None
-        return FlowRule(queue, chosen, src_ip, dst_ip, src_port, dst_port, location=location)
-    if any(field is not None for field in (queue, src_ip, dst_ip, src_port, dst_port, family, location)):
-        raise ValueError("give add_ntuple a FlowRule or its fields, not both")
-    return rule
-
-
 def as_held(rule: FlowRule) -> tuple[FlowRule, ...]:
     """Return ``rule`` as a NIC holds it: one rule per IP version, address and port bits outside their masks cleared.
 

@@ -16,11 +16,11 @@ from typing import Any, Final
 from devmem_tcp import contract, refusals
 from devmem_tcp.contract import Buffer, check_rx_page_size
 from devmem_tcp.endpoints import TcpListener, open_connection, open_listening
-from devmem_tcp.errors import BindError, ClosedError, KernelError
+from devmem_tcp.errors import BindError, KernelError
 from devmem_tcp.nicmodel.header_split import HeaderSplit
 from devmem_tcp.nicmodel.indirection import IndirectionTable
 from devmem_tcp.nicmodel.misdirection import check_steering
-from devmem_tcp.nicmodel.ntuple import ethtool_command, rule_or_fields
+from devmem_tcp.nicmodel.ntuple import ethtool_command
 from devmem_tcp.nicmodel.page_pool import PagePool
 from devmem_tcp.nicmodel.steering import Steering
 from devmem_tcp.software import congestion
@@ -37,7 +37,6 @@ from devmem_tcp.types import (
     PAGE_SIZE,
     Address,
     Capabilities,
-    Family,
     FlowRule,
     HeaderSplitMode,
     NicStats,
@@ -105,10 +104,6 @@ class SoftwareNic(contract.Nic):
     def closed(self) -> bool:
         return self._closed
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError(f"NIC {self._name} is closed")
-
     # --- settings ---
 
     @property
@@ -160,29 +155,8 @@ class SoftwareNic(contract.Nic):
     def rss_table(self) -> tuple[int, ...]:
         return self._steering.table.entries
 
-    def add_ntuple(
-        self,
-        rule: FlowRule | None = None,
-        *,
-        queue: int | None = None,
-        src_ip: str | None = None,
-        dst_ip: str | None = None,
-        src_port: int | None = None,
-        dst_port: int | None = None,
-        family: Family | str | None = None,
-        location: int | None = None,
-    ) -> contract.NtupleRule:
+    def insert_rule(self, rule: FlowRule) -> contract.NtupleRule:
         self._check_open()
-        rule = rule_or_fields(
-            rule,
-            queue=queue,
-            src_ip=src_ip,
-            dst_ip=dst_ip,
-            src_port=src_port,
-            dst_port=dst_port,
-            family=family,
-            location=location,
-        )
         with self._lock:
             held = self._steering.ntuple.insert(rule)
         inserted = InsertedRule(ethtool_command(self._name, rule), held, self._has_rule, self._delete_rule)
