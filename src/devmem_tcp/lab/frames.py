@@ -29,6 +29,7 @@ _MAX_VLAN_TAGS: Final = 2
 _IPV4_MIN_BYTES: Final = 20
 _IPV4_FRAGMENT_BITS: Final = 0x3FFF  # "more fragments" and the offset
 _IPV6_BYTES: Final = 40
+_PLAIN_IP: Final = {4: _IPV4_MIN_BYTES, 6: _IPV6_BYTES}  # headers without options or extensions
 _ARP_BYTES: Final = 28  # for IPv4 over Ethernet
 _ARP_KIND: Final = (1, ETHERTYPE_IPV4, 6, 4)  # Ethernet, IPv4, and the lengths of their addresses
 _TCP_MIN_BYTES: Final = 20
@@ -242,3 +243,39 @@ def _read_transport(frame: FrameBytes, version: int, protocol: int, offset: int,
     elif protocol == (PROTOCOL_ICMP if version == 4 else PROTOCOL_ICMPV6) and available >= _ICMP_BYTES:
         return 0, 0, _ICMP_BYTES, end
     return 0, 0, 0, end
+
+
+def _bits(*spans: tuple[int, int]) -> int:
+    """Return the bits of a frame's first _READ_BYTES bytes that lie in bytes ``spans``, from and to."""
+    return sum((1 << 8 * (end - start)) - 1 << 8 * (_READ_BYTES - end) for start, end in spans)
+
+
+_READ_BYTES: Final = 67  # as far as parse reads plain TCP over IPv6: the TCP header's length
+_READ: Final = {
+    4: _bits((12, 15), (16, 18), (20, 22), (23, 24), (26, 38), (46, 47)),
+    6: _bits((12, 15), (18, 21), (22, 58), (66, 67)),
+}
+"""By version of IP, the bits on which ``parse`` bases what it says of untagged TCP with neither IP options nor
+extension headers."""
+
+
+class FlowParser:
+    """``parse`` with a memory of one frame: what it said of that holds for those of the same flow and length."""
+
+    __slots__ = ("_bits", "_mask", "_parsed", "_size")
+
+    def __init__(self) -> None:
+        self._size = self._mask = 0
+        self._bits = 1  # what no frame has under mask 0
+        self._parsed = parse(b"")
+
+    def parse(self, frame: FrameBytes) -> ParsedFrame:
+        """Return what ``parse(frame)`` does."""
+        head = int.from_bytes(frame[:_READ_BYTES], "big")
+        if head & self._mask == self._bits and len(frame) == self._size:
+            return self._parsed
+        parsed = parse(frame)
+        if parsed.is_tcp and parsed.l2_length == ETHERNET_BYTES and parsed.l3_length == _PLAIN_IP[parsed.version]:
+            self._mask = _READ[parsed.version] >> 8 * max(_READ_BYTES - len(frame), 0)
+            self._bits, self._size, self._parsed = head & self._mask, len(frame), parsed
+        return parsed

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Final, TypeAlias
 
-from devmem_tcp.lab.checksum import fill_l4_checksum
+from devmem_tcp.lab.checksum import fill_l4_checksum, fill_l4_checksums
 from devmem_tcp.lab.dma import DmaError, DmaSpace
-from devmem_tcp.lab.frames import ParsedFrame, parse
+from devmem_tcp.lab.frames import FlowParser, ParsedFrame, parse
 from devmem_tcp.lab.gvnic import descriptors as dqo
 from devmem_tcp.lab.gvnic.interrupts import NotifyBlock
 from devmem_tcp.lab.gvnic.mistakes import Mistakes
@@ -77,6 +79,8 @@ class TxQueue:
         self._gathered = 0  # bytes in _pieces
         self._train: list[Packet] = []  # made, not sent yet
         self._train_bytes = 0
+        self._unfilled: list[tuple[bytearray, ParsedFrame]] = []  # frames of the train that lack their checksum
+        self._flow = FlowParser()
         self._broken = ""  # what is wrong with the packet that is being gathered
         self._tso: tuple[int, int, int] | None = None  # payload bytes, MSS, header length
 
@@ -159,11 +163,13 @@ class TxQueue:
         size = len(frame)
         if not dqo.TX_MIN_PLAIN_BYTES <= size <= dqo.TX_MAX_PLAIN_BYTES:
             return f"a frame of {size} bytes"
-        parsed = parse(frame)
-        filled = fill_checksum and fill_l4_checksum(frame, parsed)
+        parsed = self._flow.parse(frame)
+        fill = fill_checksum and parsed.l4_length > 0
+        if fill:
+            self._unfilled.append((frame, parsed))
         self.packets += 1
         self.bytes += size
-        self._add(ParsedPacket(frame, 0, filled, parsed=parsed))
+        self._add(ParsedPacket(frame, 0, fill, parsed=parsed))
         return ""
 
     def _send_superframe(self, frame: bytearray, total: int, mss: int, header_bytes: int) -> str:
@@ -196,6 +202,9 @@ class TxQueue:
             self._send_train()
 
     def _send_train(self) -> None:
+        for parsed, alike in groupby(self._unfilled, key=itemgetter(1)):
+            fill_l4_checksums([frame for frame, _ in alike], parsed)
+        self._unfilled.clear()
         train, self._train = self._train, []
         self._train_bytes = 0
         if train:
