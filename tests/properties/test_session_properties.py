@@ -13,6 +13,7 @@ from devmem_tcp.errors import BrokenError, RemoteProtocolError
 from devmem_tcp.sansio.frames import (
     Abort,
     Announce,
+    Answer,
     Cancel,
     CancelTaken,
     ChecksumKind,
@@ -23,6 +24,8 @@ from devmem_tcp.sansio.frames import (
     Limits,
     Ping,
     Pong,
+    Request,
+    SeriesEnd,
     SessionFrame,
     Stripes,
     encode,
@@ -257,8 +260,8 @@ def test_no_order_of_moves_exceeds_the_credit_or_loses_a_byte(
 small = st.integers(0, 4)
 any_frame: st.SearchStrategy[SessionFrame] = st.one_of(
     st.builds(
-        lambda message_id, nbytes, lane, width, kind, confirm: Announce(
-            message_id, "w", "uint8", [nbytes], "C", nbytes, Stripes(PIECE, lane, width), kind, confirm, b""
+        lambda message_id, nbytes, lane, width, kind, confirm, count: Announce(
+            message_id, "w", "uint8", [nbytes], "C", nbytes, Stripes(PIECE, lane, width), kind, confirm, b"", count
         ),
         small,
         st.sampled_from((0, 1, PIECE, 3 * PIECE)),
@@ -266,7 +269,11 @@ any_frame: st.SearchStrategy[SessionFrame] = st.one_of(
         st.integers(1, 4),
         st.sampled_from(ChecksumKind),
         st.booleans(),
+        st.integers(1, 3),
     ),
+    st.builds(SeriesEnd, small),
+    st.builds(Request, small, st.just(b"?")),
+    st.builds(Answer, small, st.just(b"!"), st.booleans()),
     st.builds(Credit, st.sampled_from((0, 100, 1 << 20)), small, small),
     st.builds(Done, small, st.just(b"sum")),
     st.builds(Cancel, small, st.lists(st.sampled_from((0, 1, PIECE)), min_size=1, max_size=4), st.just("no")),

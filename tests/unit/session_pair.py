@@ -60,14 +60,29 @@ class Pair:
     def announce(
         self, payload: bytes, checksum_kind: ChecksumKind = ChecksumKind.NONE, confirm: bool = False, name: str = "w"
     ) -> int:
-        message_id = self.sender.announce(
-            name=name,
-            dtype="uint8",
-            shape=(len(payload),),
-            nbytes=len(payload),
-            checksum_kind=checksum_kind,
-            confirm=confirm,
+        return self._note(
+            payload,
+            self.sender.announce(
+                name=name,
+                dtype="uint8",
+                shape=(len(payload),),
+                nbytes=len(payload),
+                checksum_kind=checksum_kind,
+                confirm=confirm,
+            ),
         )
+
+    def announce_series(self, payload: bytes, count: int) -> int:
+        """Announce a series, ``payload`` being its first message."""
+        nbytes = len(payload)
+        return self._note(
+            payload, self.sender.announce(name="w", dtype="uint8", shape=(nbytes,), nbytes=nbytes, count=count)
+        )
+
+    def announce_next(self, payload: bytes) -> int:
+        return self._note(payload, self.sender.announce_next())
+
+    def _note(self, payload: bytes, message_id: int) -> int:
         self.payloads.append(payload)
         self.taken.append(bytearray(len(payload)))
         return message_id
@@ -144,8 +159,10 @@ def new_receiver(keep_alive: KeepAlive | None = None) -> ReceiverSession:
     )
 
 
-def announcement(message_id: int = 0, nbytes: int = 10, kind: ChecksumKind = NONE, width: int = 1) -> Announce:
-    return Announce(message_id, "w", "uint8", [nbytes], "C", nbytes, Stripes(PIECE, 0, width), kind, False, b"")
+def announcement(
+    message_id: int = 0, nbytes: int = 10, kind: ChecksumKind = NONE, width: int = 1, count: int = 1
+) -> Announce:
+    return Announce(message_id, "w", "uint8", [nbytes], "C", nbytes, Stripes(PIECE, 0, width), kind, False, b"", count)
 
 
 def feed(end: Session, *frames: SessionFrame) -> list[Event]:

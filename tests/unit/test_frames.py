@@ -24,6 +24,7 @@ from devmem_tcp.sansio.frames import (
     MAX_WORDS,
     Abort,
     Announce,
+    Answer,
     Cancel,
     CancelTaken,
     Challenge,
@@ -41,7 +42,9 @@ from devmem_tcp.sansio.frames import (
     Pong,
     Proof,
     Refusal,
+    Request,
     Role,
+    SeriesEnd,
     SessionFrame,
     Stripes,
     Welcome,
@@ -61,10 +64,13 @@ HANDSHAKE: list[HandshakeFrame] = [
     DataTicket(63, b"t" * 16),
 ]
 ANNOUNCE = Announce(
-    0, "layers.0/wé", "bfloat16", [3, 5], "C", 30, Stripes(4096, 0, 1), ChecksumKind.XXH3, True, b'{"step":1}'
+    0, "layers.0/wé", "bfloat16", [3, 5], "C", 30, Stripes(4096, 0, 1), ChecksumKind.XXH3, True, b'{"step":1}', 1
 )
 SESSION: list[SessionFrame] = [
     ANNOUNCE,
+    SeriesEnd(3),
+    Request(0, b"what have you got?"),
+    Answer(0, b"all of it", True),
     Credit(1, 2, 0),
     Done(0, b"12345678"),
     Cancel(0, [1, 2], "enough"),
@@ -143,7 +149,7 @@ def test_a_frame_is_as_long_as_the_record_says() -> None:
     assert encode(Ping(1)) == bytes.fromhex("00000003 921001")
     assert encode(Goodbye()) == bytes.fromhex("00000002 9112")
     assert encode(Credit(1, 2, 3)) == bytes.fromhex("00000005 940b010203")
-    assert len(encode_announce(announce(name="w", metadata=b""))) == 38
+    assert len(encode_announce(announce(name="w", metadata=b""))) == 39
 
 
 @pytest.mark.parametrize("length", [0, MAX_FRAME + 1, 0xFFFFFFFF])

@@ -19,6 +19,7 @@ from devmem_tcp.sansio.endings import Party
 from devmem_tcp.sansio.frames import (
     Abort,
     Announce,
+    Answer,
     Cancel,
     CancelTaken,
     ChecksumKind,
@@ -28,7 +29,9 @@ from devmem_tcp.sansio.frames import (
     Goodbye,
     Ping,
     Pong,
+    Request,
     Role,
+    SeriesEnd,
     SessionFrame,
     encode,
 )
@@ -89,8 +92,9 @@ def sender_in(state: SessionState) -> SenderSession:
 
 
 def receiver_in(state: SessionState) -> ReceiverSession:
-    """Message 0 is on its way, but once CLOSED."""
+    """A request waits for its answer; message 0 is on its way, but once CLOSED."""
     end = new_receiver()
+    end.request(b"")
     feed(end, announcement(kind=XXH3))
     if state in (SessionState.LEAVING, SessionState.PARTING, SessionState.CLOSED):
         end.close()
@@ -110,7 +114,10 @@ FRAMES: dict[session.What, SessionFrame] = {
     Announce: announcement(1),
     Credit: Credit(2000, 4, 0),
     Done: Done(0, b"sum"),
+    SeriesEnd: SeriesEnd(2),
     Cancel: Cancel(0, [5, 0], "changed my mind"),
+    Request: Request(0, b""),
+    Answer: Answer(0, b"", True),
     CancelTaken: CancelTaken(0),
     Decline: Decline(1, "no room"),
     Abort: Abort("no memory"),
@@ -123,6 +130,8 @@ CELLS = [(role, what, state) for role, rows in TABLE.items() for what in rows fo
 
 def happen(end: Session, what: session.What) -> None:
     if what in FRAMES:
+        if what is SeriesEnd:
+            end.receive_control(encode(announcement(1, count=5)), 0.0)
         # what a sender hears of finished messages is as far as it announced: see sender_in
         end.receive_control(encode(FRAMES[what]), 0.0)
     elif what is Happening.CONTROL_END:

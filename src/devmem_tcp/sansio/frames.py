@@ -38,6 +38,7 @@ MAX_WORDS: Final = 512  # characters of a reason
 MAX_TOTAL: Final = (1 << 63) - 1  # of bytes or messages, in the life of a session
 MAX_MESSAGE: Final = 1 << 48  # bytes
 MIN_PIECE: Final = 1 << 12  # bytes
+MAX_BODY: Final = 1 << 16  # bytes of a request, or of one frame of an answer
 NONCE_BYTES: Final = 32
 TICKET_BYTES: Final = 16
 PROOF_BYTES: Final = 32
@@ -165,6 +166,9 @@ class Announce(_Frame, frozen=True, tag=10):
 
     ``metadata`` is a JSON object, or nothing. ``confirm``: the receiver reports its delivery without delay. ``order``
     is that of the array's elements: C (last index fastest) or F. Where a checksum is announced, Done follows.
+
+    ``count``: as many messages come, ids counting on, that differ in their bytes alone: a *series*. Each but the first
+    takes credit for a message when its first byte is sent. Its messages are not empty and have no checksums.
     """
 
     message_id: Total
@@ -177,6 +181,16 @@ class Announce(_Frame, frozen=True, tag=10):
     checksum_kind: ChecksumKind
     confirm: bool
     metadata: Annotated[bytes, Meta(max_length=MAX_METADATA)]
+    count: Annotated[int, Meta(ge=1, le=MAX_TOTAL)]
+
+
+class SeriesEnd(_Frame, frozen=True, tag=20):
+    """Sender to receiver: of the series under way, ``message_id`` is the first message that does not come.
+
+    Its lanes rest until CancelTaken, for the reason that Cancel gives.
+    """
+
+    message_id: Total
 
 
 class Credit(_Frame, frozen=True, tag=11):
@@ -216,9 +230,24 @@ class Decline(_Frame, frozen=True, tag=14):
 
 
 class CancelTaken(_Frame, frozen=True, tag=19):
-    """Receiver to sender: the Cancel of this message was read."""
+    """Receiver to sender: the Cancel of this message, or the SeriesEnd, was read."""
 
     message_id: Total
+
+
+class Request(_Frame, frozen=True, tag=21):
+    """Receiver to sender: a program asks the other for something, in words of their own. Numbers count from 0."""
+
+    number: Total
+    body: Annotated[bytes, Meta(max_length=MAX_BODY)]
+
+
+class Answer(_Frame, frozen=True, tag=22):
+    """Sender to receiver: a piece of the answer to a Request, in order; ``last``: it is complete."""
+
+    number: Total
+    body: Annotated[bytes, Meta(max_length=MAX_BODY)]
+    last: bool
 
 
 class Abort(_Frame, frozen=True, tag=15):
@@ -244,7 +273,21 @@ class Goodbye(_Frame, frozen=True, tag=18):
 
 
 HandshakeFrame: TypeAlias = Hello | Challenge | Proof | Welcome | Refusal | DataTicket
-SessionFrame: TypeAlias = Announce | Credit | Done | Cancel | CancelTaken | Decline | Abort | Ping | Pong | Goodbye
+SessionFrame: TypeAlias = (
+    Announce
+    | SeriesEnd
+    | Credit
+    | Done
+    | Cancel
+    | CancelTaken
+    | Decline
+    | Request
+    | Answer
+    | Abort
+    | Ping
+    | Pong
+    | Goodbye
+)
 
 FrameType = TypeVar("FrameType")
 
@@ -380,6 +423,8 @@ def announce_fault(frame: Announce) -> str:
     count = math.prod(frame.shape)
     if not count <= 8 * frame.nbytes <= 8 * _MAX_ITEM_BYTES * count:
         return f"a shape of {count} elements does not go with {frame.nbytes} bytes"
+    if frame.count > 1 and (not frame.nbytes or frame.checksum_kind is not ChecksumKind.NONE):
+        return "a series of messages that are empty or have checksums"
     if frame.metadata:
         try:
             _metadata.decode(frame.metadata)

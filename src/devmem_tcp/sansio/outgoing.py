@@ -5,7 +5,7 @@ Rules of the machine:
   - on each lane, the oldest message goes first; lanes do not wait for each other, but for credit all do in one order;
   - a message is finished once its last byte is sent, or it is cancelled: then what was not sent never is;
   - the lanes that a cancelled message had bytes left for rest until the receiver has read of it: a lane carries bytes
-    alone, and the next message's would be taken for those.
+    alone, and the next message's would be taken for those. The same at the end of a series.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Outgoing:
         self._credit = credit
         self._lanes: list[deque[_Message]] = [deque() for _ in range(lanes)]
         self._unsent: dict[int, _Message] = {}
-        self._resting: dict[int, list[int]] = {}  # lanes, by the cancelled message that they rest for
+        self._resting: list[tuple[int, list[int]]] = []  # cancelled messages, and the lanes that rest for each
         self._next_place = 0
         self.backlog = [0] * lanes  #: bytes not sent, by lane
 
@@ -94,8 +94,17 @@ class Outgoing:
         for lane in lanes:
             self._lanes[lane].remove(message)
             self.backlog[lane] -= message.progress.left(lane)
-        self._resting[message_id] = lanes
+        self.rest(message_id, lanes)
         return message.progress.positions()
+
+    def lanes_of(self, stripes: Stripes) -> list[int]:
+        """Return the lanes that stripes are over."""
+        lanes = len(self._lanes)
+        return [(stripes.first_lane + turn) % lanes for turn in range(stripes.width)]
+
+    def rest(self, message_id: int, lanes: list[int]) -> None:
+        """Let lanes rest until the receiver has read that a message ends early, or never comes."""
+        self._resting.append((message_id, lanes))
 
     def cancel_taken(self, message_id: int) -> None:
         """Let the lanes go on that rest for a cancelled message.
@@ -103,11 +112,14 @@ class Outgoing:
         Raises:
             RemoteProtocolError: none does.
         """
-        if self._resting.pop(message_id, None) is None:
-            raise RemoteProtocolError(f"a cancel of message {message_id} was taken, and none is under way")
+        for index, (resting_for, _) in enumerate(self._resting):
+            if resting_for == message_id:
+                del self._resting[index]
+                return
+        raise RemoteProtocolError(f"a cancel of message {message_id} was taken, and none is under way")
 
     def _rests(self, lane: int) -> bool:
-        return bool(self._resting) and any(lane in lanes for lanes in self._resting.values())
+        return bool(self._resting) and any(lane in lanes for _, lanes in self._resting)
 
     def __len__(self) -> int:
         """Count messages that are not all sent."""

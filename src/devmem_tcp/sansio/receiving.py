@@ -5,7 +5,9 @@ from __future__ import annotations
 from devmem_tcp.errors import LocalProtocolError, RemoteProtocolError
 from devmem_tcp.sansio.credit import ReceiveCredit
 from devmem_tcp.sansio.frames import (
+    MAX_BODY,
     Announce,
+    Answer,
     Cancel,
     CancelTaken,
     ChecksumKind,
@@ -13,16 +15,21 @@ from devmem_tcp.sansio.frames import (
     Decline,
     Done,
     Limits,
+    Request,
     Role,
+    SeriesEnd,
     SessionFrame,
     printable,
 )
-from devmem_tcp.sansio.incoming import ExpectedPiece, Incoming
+from devmem_tcp.sansio.incoming import ExpectedPiece, Incoming, IncomingMessage
 from devmem_tcp.sansio.session import (
+    MAX_REQUESTS,
+    Answered,
     KeepAlive,
     MessageAnnounced,
     MessageCancelled,
     MessageReceived,
+    SeriesEnded,
     Session,
     SessionState,
 )
@@ -50,12 +57,14 @@ class ReceiverSession(Session):
     ) -> None:
         super().__init__(limits=limits, now=now, keep_alive=keep_alive)
         self._credit = ReceiveCredit(pool_bytes, pool_messages)
-        self._incoming = Incoming(self.lanes, self._credit)
+        self._incoming = Incoming(self.lanes, self._credit, self._note_announced)
         self._checksums = checksums | {ChecksumKind.NONE}
         self._unverified: int | None = None
         self._confirm_unverified = False
         self._finished = 0
         self._reported = 0
+        self._requests = 0
+        self._unanswered: set[int] = set()
         self._grant()
 
     def expected(self, lane: int) -> ExpectedPiece | None:
@@ -117,6 +126,24 @@ class ReceiverSession(Session):
             self._send(Decline(message_id, printable(words)))
             self._advance()
 
+    def request(self, body: bytes) -> int:
+        """Ask the sender for something, in words of the programs' own; returns the number that its answer has.
+
+        Raises:
+            ValueError: the body is longer than MAX_BODY.
+            LocalProtocolError: too many requests wait for an answer, or a side said Goodbye.
+        """
+        self._check_lives()
+        if len(body) > MAX_BODY:
+            raise ValueError(f"a request has at most {MAX_BODY} bytes, not {len(body)}")
+        if self.state is not SessionState.OPEN or len(self._unanswered) >= MAX_REQUESTS:
+            raise LocalProtocolError(f"no request now: {len(self._unanswered)} are not answered, or a side is leaving")
+        number = self._requests
+        self._requests += 1
+        self._unanswered.add(number)
+        self._send(Request(number, body))
+        return number
+
     def close(self) -> None:
         """Ask the sender to announce no more, and for an orderly end after what is announced."""
         if self.state in (SessionState.OPEN, SessionState.LEFT):
@@ -128,7 +155,10 @@ class ReceiverSession(Session):
             case Announce():
                 self._check_announce(frame)
                 self._incoming.announce(frame)
-                self._events.append(MessageAnnounced(frame.message_id, frame))
+            case SeriesEnd():
+                self._incoming.end_series(frame.message_id)
+                self._send(CancelTaken(frame.message_id))
+                self._events.append(SeriesEnded(frame.message_id))
             case Done():
                 self._incoming.take_checksum(frame.message_id, frame.checksum)
             case Cancel():
@@ -136,6 +166,18 @@ class ReceiverSession(Session):
                 self._send(CancelTaken(frame.message_id))
                 if wanted:
                     self._events.append(MessageCancelled(frame.message_id, frame.words))
+            case Answer():
+                self._take_answer(frame)
+
+    def _note_announced(self, message: IncomingMessage) -> None:
+        self._events.append(MessageAnnounced(message.message_id, message.header))
+
+    def _take_answer(self, frame: Answer) -> None:
+        if frame.number not in self._unanswered:
+            raise RemoteProtocolError(f"an answer to request {frame.number}, which waits for none")
+        if frame.last:
+            self._unanswered.discard(frame.number)
+        self._events.append(Answered(frame.number, frame.body, frame.last))
 
     def _check_announce(self, frame: Announce) -> None:
         if frame.nbytes > self._limits.message_bytes or len(frame.metadata) > self._limits.metadata_bytes:
@@ -145,7 +187,7 @@ class ReceiverSession(Session):
 
     def _advance(self) -> None:
         while self._unverified is None and (message := self._incoming.take_complete()) is not None:
-            message_id = message.header.message_id
+            message_id = message.message_id
             if message.wanted:
                 self._events.append(MessageReceived(message_id, message.checksum))
             else:
@@ -156,7 +198,7 @@ class ReceiverSession(Session):
             else:
                 self._count_finished(message.header.confirm)
         self._grant_if_due()
-        if self._unverified is None and not self._incoming:
+        if self._unverified is None and self._incoming.idle:
             self._part()
 
     def _part(self) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from devmem_tcp.errors import LocalProtocolError, RemoteProtocolError
 from devmem_tcp.sansio.credit import SendCredit
 from devmem_tcp.sansio.frames import (
+    MAX_BODY,
     MAX_CHECKSUM,
     MAX_MESSAGE,
+    MAX_TOTAL,
     MIN_PIECE,
     Announce,
+    Answer,
     Cancel,
     CancelTaken,
     ChecksumKind,
@@ -18,21 +21,32 @@ from devmem_tcp.sansio.frames import (
     Decline,
     Done,
     Limits,
+    Request,
     Role,
+    SeriesEnd,
     SessionFrame,
+    Stripes,
     encode_announce,
     printable,
 )
 from devmem_tcp.sansio.outgoing import Outgoing, Piece
 from devmem_tcp.sansio.session import (
+    MAX_REQUESTS,
     CreditGranted,
     KeepAlive,
     MessageDeclined,
     MessagesFinished,
+    Requested,
     Session,
     SessionState,
 )
 from devmem_tcp.sansio.stripes import DEFAULT_PIECE_BYTES, choose_stripes
+
+
+class _Series(NamedTuple):
+    nbytes: int
+    stripes: Stripes
+    end: int  # the first message id after it
 
 
 class SenderSession(Session):
@@ -64,6 +78,11 @@ class SenderSession(Session):
         self._piece_bytes = piece_bytes
         self._finished = 0
         self._closing = False
+        self._series: _Series | None = None
+        self._series_ended_at = -1
+        self._declined_ahead: tuple[int, str] | None = None  # the next message of the series, and why
+        self._requests_taken = 0
+        self._unanswered: set[int] = set()
 
     @property
     def may_announce(self) -> bool:
@@ -72,8 +91,13 @@ class SenderSession(Session):
 
     @property
     def announced(self) -> int:
-        """Messages announced so far."""
+        """Messages announced so far, those of a series that have begun among them."""
         return self._credit.taken_messages
+
+    @property
+    def series_left(self) -> int:
+        """How many messages of the series under way have not begun; 0: there is none."""
+        return self._series.end - self.announced if self._series is not None else 0
 
     def announce(
         self,
@@ -86,8 +110,12 @@ class SenderSession(Session):
         checksum_kind: ChecksumKind = ChecksumKind.NONE,
         metadata: bytes = b"",
         confirm: bool = False,
+        count: int = 1,
     ) -> int:
         """Announce a message, and return its id; ``next_piece`` then says what of it to send where.
+
+        With a ``count``, it is the first of a series of messages alike: ``announce_next`` begins each of the others,
+        at the cost of no frame. Nothing else can be announced until all have begun, or ``end_series``.
 
         Args:
             name, dtype, shape, order: what the receiver is told of it.
@@ -95,15 +123,15 @@ class SenderSession(Session):
             checksum_kind: ``finish`` must then be called, before or after its bytes are sent.
             metadata: from ``frames.encode_metadata``.
             confirm: have the receiver report at once that it is finished, not with its next grant.
+            count: 1 to MAX_TOTAL.
 
         Raises:
             ValueError: a value is not for the wire, or over what the receiver takes.
-            LocalProtocolError: no credit, or a side said Goodbye.
+            LocalProtocolError: no credit, a side said Goodbye, or a series is under way.
         """
-        self._check_lives()
-        if self._closing or self.state is not SessionState.OPEN:
-            who = "this side" if self._closing else "the receiver"
-            raise LocalProtocolError(f"{who} is closing the session: no message can be announced")
+        self._check_may_begin()
+        if self._series is not None:
+            raise LocalProtocolError(f"a series is under way: {self.series_left} of its messages have not begun")
         if nbytes > self._limits.message_bytes or len(metadata) > self._limits.metadata_bytes:
             raise ValueError(
                 f"{nbytes} bytes with {len(metadata)} of metadata: the receiver takes {self._limits.message_bytes} and "
@@ -125,6 +153,7 @@ class SenderSession(Session):
                 checksum_kind,
                 confirm,
                 metadata,
+                count,
             )
         )
         self._credit.take_message()
@@ -132,7 +161,53 @@ class SenderSession(Session):
         self._outgoing.add(message_id, nbytes, stripes)
         if checksum_kind is not ChecksumKind.NONE:
             self._checksums_due.add(message_id)
+        if count > 1:
+            self._series = _Series(nbytes, stripes, min(message_id + count, MAX_TOTAL))
         return message_id
+
+    def announce_next(self) -> int:
+        """Begin the next message of the series under way, and return its id.
+
+        Raises:
+            LocalProtocolError: no series is under way, no credit, or a side said Goodbye.
+        """
+        self._check_may_begin()
+        if self._series is None:
+            raise LocalProtocolError("no series is under way")
+        message_id = self.announced
+        self._credit.take_message()
+        self._outgoing.add(message_id, self._series.nbytes, self._series.stripes)
+        if self.announced == self._series.end:
+            self._series = None
+        declined, self._declined_ahead = self._declined_ahead, None
+        if declined is not None:
+            self._take_back(message_id, declined[1])
+        return message_id
+
+    def end_series(self) -> None:
+        """End the series under way, if there is one: what has not begun of it never comes."""
+        if self._series is not None and self.ending is None:
+            lanes = self._outgoing.lanes_of(self._series.stripes)
+            self._series = self._declined_ahead = None
+            self._series_ended_at = self.announced
+            self._outgoing.rest(self.announced, lanes)
+            self._send(SeriesEnd(self.announced))
+
+    def answer(self, number: int, body: bytes, *, last: bool = True) -> None:
+        """Answer a request; in pieces, where it is longer than MAX_BODY.
+
+        Raises:
+            ValueError: the body is too long.
+            LocalProtocolError: there is no such request, or it was answered in full; or this side said Goodbye.
+        """
+        self._check_lives()
+        if len(body) > MAX_BODY:
+            raise ValueError(f"a piece of an answer has at most {MAX_BODY} bytes, not {len(body)}")
+        if number not in self._unanswered or self.state not in (SessionState.OPEN, SessionState.LEFT):
+            raise LocalProtocolError(f"request {number} is not waiting for an answer")
+        if last:
+            self._unanswered.discard(number)
+        self._send(Answer(number, body, last))
 
     def next_piece(self, lane: int) -> Piece | None:
         """Return the bytes to send next on a lane, as far as credit goes; None: none now. Then call ``sent``."""
@@ -186,6 +261,12 @@ class SenderSession(Session):
             self._closing = True
             self._advance()
 
+    def _check_may_begin(self) -> None:
+        self._check_lives()
+        if self._closing or self.state is not SessionState.OPEN:
+            who = "this side" if self._closing else "the receiver"
+            raise LocalProtocolError(f"{who} is closing the session: no message can be announced")
+
     def _check_announced(self, message_id: int) -> None:
         if not 0 <= message_id < self.announced:
             raise LocalProtocolError(f"message {message_id} was not announced")
@@ -210,15 +291,38 @@ class SenderSession(Session):
             case CancelTaken():
                 self._outgoing.cancel_taken(frame.message_id)
             case Decline():
-                if frame.message_id >= self.announced:
-                    raise RemoteProtocolError(f"message {frame.message_id} was declined, and never announced")
-                self._cancel(frame.message_id, frame.words)
-                self._events.append(MessageDeclined(frame.message_id, frame.words))
+                self._take_decline(frame)
+            case Request():
+                self._take_request(frame)
+
+    def _take_decline(self, frame: Decline) -> None:
+        if frame.message_id < self.announced:
+            self._take_back(frame.message_id, frame.words)
+        elif frame.message_id == self.announced and self._series is not None:
+            self._declined_ahead = (frame.message_id, frame.words)
+        elif frame.message_id != self._series_ended_at:  # there, it was the next one when the receiver wrote this
+            raise RemoteProtocolError(f"message {frame.message_id} was declined, and never announced")
+
+    def _take_back(self, message_id: int, words: str) -> None:
+        """Cancel a message for the receiver's reasons."""
+        self._cancel(message_id, words)
+        self._events.append(MessageDeclined(message_id, words))
+
+    def _take_request(self, frame: Request) -> None:
+        if frame.number != self._requests_taken or len(self._unanswered) >= MAX_REQUESTS:
+            raise RemoteProtocolError(
+                f"request {frame.number} in place of {self._requests_taken}, with {len(self._unanswered)} not answered"
+            )
+        self._requests_taken += 1
+        self._unanswered.add(frame.number)
+        if self.state is SessionState.OPEN:  # after this side's Goodbye, which was on its way, there is no answer
+            self._events.append(Requested(frame.number, frame.body))
 
     def _advance(self) -> None:
         leaving = self._closing or self.state is SessionState.LEFT
         silent = self.state in (SessionState.OPEN, SessionState.LEFT)
         if leaving and silent and not self._outgoing and not self._checksums_due:
+            self.end_series()
             self._say_goodbye()
         if self.state is SessionState.PARTING and self._finished == self.announced:
             self._close()

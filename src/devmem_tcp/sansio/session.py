@@ -5,18 +5,22 @@ connection; it carries the bytes of messages and nothing else. What happens to a
 
     sender, to whom …             OPEN    LEAVING  LEFT     PARTING  CLOSED  FAILED
     Credit, Decline, CancelTaken  take    take     take     take     pass    pass
+    Request                       take    take     broken   broken   pass    pass
     Ping, Pong, Abort             take    take     take     take     pass    pass
     Goodbye                       take    take     broken   broken   pass    pass
-    Announce, Done, Cancel        broken  broken   broken   broken   pass    pass
+    Announce, SeriesEnd, Done     broken  broken   broken   broken   pass    pass
+    Cancel, Answer                broken  broken   broken   broken   pass    pass
     the control connection ends   lost    lost     lost     lost     pass    pass
     a lane ends                   lost    lost     lost     lost     pass    pass
     silence                       lost    lost     lost     lost     pass    pass
 
     receiver, to whom …           OPEN    LEAVING  LEFT     PARTING  CLOSED  FAILED
-    Announce, Done, Cancel        take    take     broken   broken   pass    pass
+    Announce, SeriesEnd, Done     take    take     broken   broken   pass    pass
+    Cancel, Answer                take    take     broken   broken   pass    pass
     Ping, Pong, Abort             take    take     take     take     pass    pass
     Goodbye                       take    take     broken   broken   pass    pass
     Credit, Decline, CancelTaken  broken  broken   broken   broken   pass    pass
+    Request                       broken  broken   broken   broken   pass    pass
     connections, silence          as for the sender
 
   - LEAVING: this side said Goodbye. LEFT: the peer did. PARTING: both, and messages or reports are under way yet.
@@ -49,6 +53,7 @@ from devmem_tcp.sansio.endings import Ending, Party
 from devmem_tcp.sansio.frames import (
     Abort,
     Announce,
+    Answer,
     Cancel,
     CancelTaken,
     Credit,
@@ -58,7 +63,9 @@ from devmem_tcp.sansio.frames import (
     Limits,
     Ping,
     Pong,
+    Request,
     Role,
+    SeriesEnd,
     SessionFrame,
     encode,
     printable,
@@ -66,6 +73,7 @@ from devmem_tcp.sansio.frames import (
 )
 
 LANE_GRACE_S: Final = 1.0
+MAX_REQUESTS: Final = 64  #: of a receiver, not answered in full
 _PING_BURST: Final = 64  # pings that a peer may send at once, and then a second
 
 
@@ -117,17 +125,23 @@ _FOR_SENDER: Final = _FOR_BOTH | {
     Credit: _ALWAYS,
     Decline: _ALWAYS,
     CancelTaken: _ALWAYS,
+    Request: _UNTIL_GOODBYE,
     Announce: _NEVER,
+    SeriesEnd: _NEVER,
     Done: _NEVER,
     Cancel: _NEVER,
+    Answer: _NEVER,
 }
 _FOR_RECEIVER: Final = _FOR_BOTH | {
     Credit: _NEVER,
     Decline: _NEVER,
     CancelTaken: _NEVER,
+    Request: _NEVER,
     Announce: _UNTIL_GOODBYE,
+    SeriesEnd: _UNTIL_GOODBYE,
     Done: _UNTIL_GOODBYE,
     Cancel: _UNTIL_GOODBYE,
+    Answer: _UNTIL_GOODBYE,
 }
 TABLE: Final[dict[Role, dict[What, dict[SessionState, Outcome]]]] = {
     role: {what: dict(zip(SessionState, outcomes, strict=True)) for what, outcomes in rows.items()}
@@ -143,7 +157,10 @@ class KeepAlive(NamedTuple):
 
 
 class MessageAnnounced(msgspec.Struct, frozen=True):
-    """A message is on its way; ``expected`` may ask for its bytes from now on."""
+    """A message is on its way; ``expected`` may ask for its bytes from now on.
+
+    The header of a message of a series is that of the first one, with the first one's id.
+    """
 
     message_id: int
     header: Announce
@@ -180,6 +197,27 @@ class MessageDeclined(msgspec.Struct, frozen=True):
     words: str
 
 
+class SeriesEnded(msgspec.Struct, frozen=True):
+    """The series is over: message ``message_id``, which may have been told of, does not come, nor any after it."""
+
+    message_id: int
+
+
+class Requested(msgspec.Struct, frozen=True):
+    """The receiver asks for something; to be answered by ``answer``."""
+
+    number: int
+    body: bytes
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """A piece of the answer to a request of this side."""
+
+    number: int
+    body: bytes
+    last: bool
+
+
 class PeerLeaves(msgspec.Struct, frozen=True):
     """The peer said Goodbye: a sender announces nothing more, a receiver takes nothing more."""
 
@@ -195,6 +233,9 @@ Event: TypeAlias = (
     | CreditGranted
     | MessagesFinished
     | MessageDeclined
+    | SeriesEnded
+    | Requested
+    | Answered
     | PeerLeaves
     | SessionClosed
 )
