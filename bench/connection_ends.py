@@ -21,7 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from devmem_tcp.contract import CpuAccess, DevmemSocket, Listener
+from devmem_tcp.buffers import CpuAccess
+from devmem_tcp.contract import DevmemSocket, Listener
 from devmem_tcp.types import FragBatch
 from loopback import HOST, MIB, Span, say, set_congestion
 from software_ends import QUEUE, opened

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 import devmem_tcp as dmt
-from devmem_tcp.contract import Buffer, DevmemSocket, Nic, TxBinding
+from devmem_tcp.buffers import Buffer
+from devmem_tcp.contract import DevmemSocket, Nic, TxBinding
 from devmem_tcp.software.options import SoftwareOptions
 from devmem_tcp.types import FragBatch
 from loopback import HOST, SYSTEM, Span, say

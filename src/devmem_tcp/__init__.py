@@ -1,18 +1,8 @@
 """Device Memory TCP for Python: TCP payload received straight into device memory, and sent from it."""
 
 from devmem_tcp import errors, memory
-from devmem_tcp.contract import (
-    Allocator,
-    Buffer,
-    CpuAccess,
-    DevmemSocket,
-    Listener,
-    Nic,
-    NtupleRule,
-    RxBinding,
-    Setting,
-    TxBinding,
-)
+from devmem_tcp.buffers import Allocator, Buffer, CpuAccess
+from devmem_tcp.contract import DevmemSocket, Listener, Nic, NtupleRule, Place, RxBinding, Setting, TxBinding
 from devmem_tcp.doors import Backend, open_nic
 from devmem_tcp.errors import DevmemError
 from devmem_tcp.gather import gather
@@ -56,6 +46,7 @@ __all__ = [
     "Nic",
     "NicStats",
     "NtupleRule",
+    "Place",
     "QueueStats",
     "RxBinding",
     "Setting",

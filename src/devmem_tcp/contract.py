@@ -1,4 +1,4 @@
-"""THE CONTRACT: what a Nic, a binding, a socket, a Buffer and an Allocator must do, on every backend.
+"""THE CONTRACT: what a Nic, a binding and a socket must do, on every backend; of memory, ``buffers`` says it.
 
 ``Kernel:`` names the exact operation; where the software backend differs on purpose, ``docs/kernel-contract.md`` says
 so and why. Everything that is acquired here is a context manager with an idempotent ``close()``.
@@ -9,18 +9,14 @@ Threads: a Nic and its bindings may be used from several threads; one socket by 
 from __future__ import annotations
 
 import errno
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from enum import Enum, IntFlag
-from types import TracebackType
-from typing import Any, Final, Self
-
-import numpy as np
-import numpy.typing as npt
+from typing import Final
 
 from devmem_tcp import refusals
-from devmem_tcp.errors import BindError, BusyError, ClosedError
+from devmem_tcp.buffers import Buffer
+from devmem_tcp.closing import Closing
+from devmem_tcp.errors import BindError, ClosedError
 from devmem_tcp.types import (
     PAGE_SIZE,
     Address,
@@ -40,154 +36,6 @@ from devmem_tcp.uapi.socket import CONTROL_SPACE_PER_FRAG
 
 DEFAULT_MAX_FRAGS: Final = 65536 // CONTROL_SPACE_PER_FRAG  # 64 KiB of control space: enough for 1 MiB of 4 KiB pages
 DEFAULT_MAX_BYTES: Final = 1 << 20
-
-
-class Closing(ABC):
-    """``with`` releases; ``close()`` may be called any number of times."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Release everything held. Idempotent."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-
-class CpuAccess(IntFlag):
-    """DMA_BUF_IOCTL_SYNC directions."""
-
-    READ = 1
-    WRITE = 2
-    READ_WRITE = 3
-
-
-class BufferUse(Enum):
-    """What a binding does with a Buffer. At most one binding receives into a Buffer; any number send from it."""
-
-    RX = "rx"
-    TX = "tx"
-
-
-class Buffer(Closing):
-    """Device memory: ``size_bytes`` that a NIC can fill and send from. Made by an Allocator.
-
-    Lifetime: bindings hold it, and so do the frags of an RX binding until their tokens are back. ``close()`` before
-    that raises BusyError and changes nothing: two flows would be handed the same pages (kernel: rebinding a dma-buf
-    whose old frags are out corrupts silently).
-    """
-
-    def __init__(self, size_bytes: int) -> None:
-        self.size_bytes: Final = size_bytes
-        self._pins: dict[int, tuple[str, BufferUse]] = {}
-        self._next_pin = 1
-
-    @property
-    @abstractmethod
-    def kind(self) -> str:
-        """What memory this is, for people: ``host memfd``, ``udmabuf``, ``dma-heap system`` …"""
-
-    @property
-    @abstractmethod
-    def closed(self) -> bool: ...
-
-    @property
-    @abstractmethod
-    def dmabuf_fd(self) -> int | None:
-        """The dma-buf's fd, for bind-rx and bind-tx; None for memory that is not a dma-buf (software backend only)."""
-
-    @abstractmethod
-    def view(self) -> memoryview:
-        """Return all bytes as a writable memoryview of format B, shape (size_bytes,).
-
-        Raises:
-            ClosedError: the buffer is closed.
-            KernelError: the memory cannot be mapped for the CPU.
-        """
-
-    @abstractmethod
-    def cpu_access(self, mode: CpuAccess = CpuAccess.READ_WRITE) -> AbstractContextManager[memoryview]:
-        """Bracket CPU access, so that CPU and device see each other's writes; yields ``view()``.
-
-        Kernel: ioctl DMA_BUF_IOCTL_SYNC START and END on the dma-buf; nothing for plain host memory.
-        """
-
-    @abstractmethod
-    def array(self, dtype: npt.DTypeLike = np.uint8, *, offset: int = 0, count: int = -1) -> npt.NDArray[Any]:
-        """Return a writable NumPy view, shape (count,), of ``dtype`` from byte ``offset`` on; -1: to the end.
-
-        Raises:
-            ValueError: the range does not fit the buffer or ``dtype``.
-        """
-
-    @abstractmethod
-    def __dlpack__(self, **options: Any) -> Any: ...
-
-    @abstractmethod
-    def __dlpack_device__(self) -> tuple[int, int]: ...
-
-    def pin(self, holder: str, use: BufferUse) -> int:
-        """Note a holder (for bindings) and return its pin, to give to ``unpin``.
-
-        Raises:
-            ClosedError: the buffer is closed.
-            BusyError: ``use`` is RX, and another binding receives into this buffer or has frags out.
-        """
-        if self.closed:
-            raise ClosedError(f"{self.kind} buffer is closed", hint="allocate() a new one")
-        if use is BufferUse.RX:
-            for other, their_use in self._pins.values():
-                if their_use is BufferUse.RX:
-                    raise BusyError(
-                        f"buffer is still received into by {other}: bound again, its pages would be handed out twice",
-                        hint="return that binding's tokens (or close its sockets) first, or allocate() another buffer",
-                    )
-        number = self._next_pin
-        self._next_pin += 1
-        self._pins[number] = (holder, use)
-        return number
-
-    def unpin(self, number: int) -> None:
-        """Forget a holder. Unknown pins are ignored."""
-        self._pins.pop(number, None)
-
-    @property
-    def holders(self) -> tuple[str, ...]:
-        """Who holds this buffer now, for people."""
-        return tuple(holder for holder, _ in self._pins.values())
-
-    def check_unused(self) -> None:
-        """Raise BusyError if anybody holds this buffer: the first line of every ``close()``."""
-        if self._pins:
-            raise BusyError(
-                f"buffer is in use by {', '.join(self.holders)}",
-                hint="first close the binding and release its batches (or close its sockets); `with` does it in order",
-            )
-
-
-class Allocator(ABC):
-    """Makes Buffers of one kind of device memory."""
-
-    @abstractmethod
-    def allocate(self, size_bytes: int) -> Buffer:
-        """Allocate ``size_bytes``, a positive multiple of 4096.
-
-        Raises:
-            ValueError: size is zero, negative or not page-aligned.
-            OutOfDeviceMemory: more than there is, or than the exporter's limit.
-            KernelError: a device node is missing or not permitted; the hint says which.
-        """
-
-
-def check_buffer_size(size_bytes: int) -> None:
-    """Raise ValueError unless ``size_bytes`` is a positive multiple of the page size; names the next good size."""
-    if size_bytes <= 0:
-        raise ValueError(f"buffer size must be positive, got {size_bytes} bytes; the smallest is {PAGE_SIZE}")
-    if size_bytes % PAGE_SIZE:
-        good = -(-size_bytes // PAGE_SIZE) * PAGE_SIZE
-        raise ValueError(f"buffer size {size_bytes} is not a multiple of {PAGE_SIZE} bytes; use {good}")
 
 
 def check_rx_page_size(rx_page_size: int) -> None:
@@ -218,6 +66,44 @@ class NtupleRule(Setting):
         """The rule as the NIC holds it: ``location`` and ``family`` filled in."""
 
 
+class Place(Closing):
+    """A contiguous run of a bound Buffer, set apart for a program to receive into. Made by ``RxBinding.reserve``.
+
+    Any number of sockets, in as many threads, may receive into it at once. ``close()`` gives its pages back, from any
+    thread, and wakes who waits for pages; its bytes may change from then on. Closed while a ``recv_placed`` into it is
+    under way, it keeps its pages until that ends.
+
+    Lifetime: outlives its binding, its Nic and every socket, and pins the Buffer as tokens do. Dropped without
+    ``close()`` it warns (LeakWarning) and closes.
+    """
+
+    @property
+    @abstractmethod
+    def binding(self) -> RxBinding: ...
+
+    @property
+    @abstractmethod
+    def offset(self) -> int:
+        """Where it starts in the Buffer, in bytes; a page starts there too."""
+
+    @property
+    @abstractmethod
+    def size_bytes(self) -> int:
+        """Bytes in it, as asked for: the rest of its last page belongs to nobody."""
+
+    @property
+    @abstractmethod
+    def closed(self) -> bool: ...
+
+    @abstractmethod
+    def view(self) -> memoryview:
+        """Return all bytes as a writable memoryview of format B, shape (size_bytes,).
+
+        Raises:
+            ClosedError: the place is closed.
+        """
+
+
 class RxBinding(Closing):
     """A Buffer attached to RX queues. ``close()`` unbinds.
 
@@ -243,10 +129,34 @@ class RxBinding(Closing):
     @abstractmethod
     def closed(self) -> bool: ...
 
+    def _check_reservation(self, queue: int, size_bytes: int) -> None:
+        """Raise what ``reserve`` says of its arguments, and of a binding that is closed."""
+        if size_bytes <= 0:
+            raise ValueError(f"a place needs at least one byte, got {size_bytes}")
+        if queue not in self.queues:
+            raise ValueError(f"the binding is of RX queues {list(self.queues)}, got {queue}")
+        if self.closed:
+            raise ClosedError(f"RX binding {self.dmabuf_id} is closed", hint="bind_rx() again")
+
     @property
     @abstractmethod
     def drained(self) -> bool:
-        """Whether no page of it is in use, by a token or by bytes not read: with ``closed``, the Buffer is free."""
+        """Whether no page is in use, by a token, a Place or bytes not read: with ``closed``, the Buffer is free."""
+
+    @abstractmethod
+    def reserve(self, queue: int, size_bytes: int) -> Place | None:
+        """Set ``size_bytes`` contiguous bytes of the Buffer apart, out of a queue's share of it. Never waits.
+
+        Kernel: none. A NIC chooses the pages that payload lands in; only with ``capabilities.placement`` is there ever
+        a place.
+
+        Returns:
+            None: this backend cannot, or there is no such run free now. Payload goes by ``recv_frags`` then.
+
+        Raises:
+            ValueError: ``size_bytes`` is not positive, or the queue is not of this binding.
+            ClosedError: the binding is closed.
+        """
 
     @abstractmethod
     def holders(self) -> tuple[TokenHolder, ...]:
@@ -293,6 +203,36 @@ class DevmemSocket(Closing):
             ControlTruncated: ``max_frags`` is 0; nothing was consumed.
             NotZeroCopy: the socket is ``strict`` and ordinary data arrived.
             Timeout, BlockingIOError, ConnectionError, ClosedError.
+        """
+
+    @property
+    @abstractmethod
+    def lands_in(self) -> RxBinding | None:
+        """The binding whose Buffer the next payload can be placed in: what ``recv_placed`` needs. Costs no system call.
+
+        None: it lands in host memory, or has landed already (a page read in pieces), or this backend cannot place it.
+        ``recv_frags`` gets it.
+        """
+
+    @abstractmethod
+    def recv_placed(self, place: Place, at: int, max_bytes: int, *, all: bool = False) -> int:
+        """Receive up to ``max_bytes`` to byte ``at`` of a place; answers how many came, 0 at the end of stream.
+
+        No token is handed out: the place holds the pages. In the counters it is one frag in device memory.
+
+        Args:
+            at: in bytes from the start of the place.
+            all: on a socket without time limit, wait for all ``max_bytes``: fewer only at the end of stream or on a
+                signal. No effect with a time limit.
+
+        Kernel: none; over ordinary TCP, recv(2) with MSG_WAITALL for ``all``.
+
+        Raises:
+            ValueError: ``max_bytes`` is not positive, or the range does not fit the place.
+            LocalProtocolError: the next payload cannot land there: ``lands_in`` is not the place's binding. Nothing
+                was consumed; ``recv_frags`` gets it.
+            ClosedError: the socket or the place is closed.
+            Timeout, BlockingIOError, ConnectionError.
         """
 
     @abstractmethod
@@ -393,6 +333,10 @@ class DevmemSocket(Closing):
 
         Not ready while the queue is out of pages, as on Linux, where the data is dropped by the NIC.
         """
+
+    @abstractmethod
+    def send_fileno(self) -> int:
+        """An fd for poll, select and asyncio alone: ready for writing when ``send_frags`` takes something."""
 
     @property
     @abstractmethod

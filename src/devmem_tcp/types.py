@@ -239,6 +239,7 @@ class Capabilities:
     loopback: bool  # devmem over 127.0.0.1 and ::1
     merged_frags: bool  # adjacent pages arrive as one frag
     queue_shares: bool  # each queue of a binding has a share of its pages that no other queue can use up
+    placement: bool  # payload can be received into one contiguous run of the Buffer: RxBinding.reserve
     rx_queues: int
     rss_table_size: int
 

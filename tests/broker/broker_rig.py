@@ -19,7 +19,7 @@ from devmem_tcp.broker.inspection import DmabufFacts
 from devmem_tcp.broker.leasing import Leasing
 from devmem_tcp.broker.policy import Policy
 from devmem_tcp.broker.server import Server, listening
-from devmem_tcp.contract import Allocator, Buffer
+from devmem_tcp.buffers import Allocator, Buffer
 from devmem_tcp.errors import BindError
 from devmem_tcp.memory.dmabuf import DmabufBuffer
 from devmem_tcp.sys import calls

@@ -85,6 +85,38 @@ def starve() -> None:
             sock.recv_frags().release()
 
 
+def place() -> None:
+    """Receive into a place in each way of waiting, with the pool run dry by it, and give everything back."""
+    with (
+        open_nic() as nic,
+        Host().allocate(SIZE) as buffer,
+        nic.set_header_split("on"),
+        nic.bind_rx(buffer, [3]) as rx,
+        nic.listen(("127.0.0.1", 0)) as listener,
+        nic.add_ntuple(dst_port=listener.address[1], queue=3),
+    ):
+        sock, peer = connected(nic, listener)
+        with sock, peer:
+            reserved = rx.reserve(3, SIZE)
+            assert reserved is not None
+            with reserved:
+                peer.sendall(bytes(100))
+                sock.fileno()
+                assert sock.recv_placed(reserved, 0, 100, all=True) == 100
+                sock.settimeout(0)
+                with pytest.raises(BlockingIOError):
+                    sock.recv_placed(reserved, 0, 1)
+                sock.settimeout(0.001)
+                with pytest.raises(dmt.errors.Timeout):
+                    sock.recv_placed(reserved, 0, 1)
+                peer.sendall(b"x")
+                with pytest.raises(dmt.errors.Timeout):
+                    sock.recv_frags()
+                sock.settimeout(PATIENCE_S)
+                assert sock.recv_placed(reserved, 0, 1) == 1
+            assert rx.drained
+
+
 def send() -> None:
     """Connect to a plain peer, send from device memory, and wait for the completion."""
     with (
@@ -124,6 +156,11 @@ def test_receive(code: int) -> None:
 
 def test_starve() -> None:
     assert {"eventfd2", "epoll_ctl", "poll"} <= names(sweep(starve))
+
+
+@pytest.mark.parametrize("code", [errno.ENOMEM, errno.ECONNRESET], ids=errno.errorcode.get)
+def test_place(code: int) -> None:
+    assert {"recv", "poll", "epoll_ctl"} <= names(sweep(place, errnos=[code]))
 
 
 @pytest.mark.parametrize("code", [errno.ENOMEM, errno.EPERM, errno.EPIPE], ids=errno.errorcode.get)

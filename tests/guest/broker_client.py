@@ -14,7 +14,7 @@ import sys
 
 import devmem_tcp as dmt
 from devmem_tcp.broker.client import BrokerMemory
-from devmem_tcp.contract import CpuAccess
+from devmem_tcp.buffers import CpuAccess
 
 MIB = 1 << 20
 

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import pytest
 
-from devmem_tcp.contract import Buffer, CpuAccess
+from devmem_tcp.buffers import Buffer, CpuAccess
 from devmem_tcp.kernel import netdev
 from devmem_tcp.sys import calls
 from devmem_tcp.sys.messages import OffsetsMessage, ReceivedMessage

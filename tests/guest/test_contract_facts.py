@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 import devmem_tcp as dmt
-from devmem_tcp.contract import Buffer
+from devmem_tcp.buffers import Buffer
 from devmem_tcp.errors import BindError, KernelError, NicSettingError
 from devmem_tcp.kernel import netdev
 from devmem_tcp.kernel.settings import NicSettings

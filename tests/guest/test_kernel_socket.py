@@ -21,7 +21,8 @@ from typing import Final, NamedTuple, cast
 import numpy as np
 import pytest
 
-from devmem_tcp.contract import Buffer, CpuAccess, RxBinding, TxBinding
+from devmem_tcp.buffers import Buffer, CpuAccess
+from devmem_tcp.contract import RxBinding, TxBinding
 from devmem_tcp.errors import BusyError, KernelError, NotZeroCopy, StarvationWarning, Timeout
 from devmem_tcp.kernel import netdev
 from devmem_tcp.kernel.attachment import Registry

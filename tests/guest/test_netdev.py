@@ -18,7 +18,7 @@ from typing import Final
 import pytest
 
 from devmem_tcp import refusals
-from devmem_tcp.contract import Buffer
+from devmem_tcp.buffers import Buffer
 from devmem_tcp.errors import BindError, KernelError
 from devmem_tcp.kernel import netdev
 from devmem_tcp.memory import DmaHeap, Udmabuf

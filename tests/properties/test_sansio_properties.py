@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from devmem_tcp.nicmodel.page_pool import PagePool
 from devmem_tcp.sansio.completions import CompletionQueue, InFlight
@@ -28,13 +28,14 @@ def test_every_token_is_returned_once_within_the_limits(named: list[int]) -> Non
 
 
 class Pages(RuleBasedStateMachine):
-    """A reader that takes pages, gets tokens for them and returns tokens, against a naive model."""
+    """A reader that takes pages, by tokens and as places, and gives them back, against a naive model."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = PagePool(PAGES * 4096, queues=(0, 1))
         self.ledger = TokenLedger()
         self.held: dict[int, tuple[int, int]] = {}  # token: (first page, count)
+        self.places: list[tuple[int, int]] = []  # first page, count
 
     @rule(queue=st.sampled_from((0, 1)), pages=st.integers(1, 25), max_runs=st.integers(1, 4))
     def take(self, queue: int, pages: int, max_runs: int) -> None:
@@ -47,6 +48,25 @@ class Pages(RuleBasedStateMachine):
             assert self.ledger.issue_one(first, count, 1, count * 4096, 0.0) == expected
             self.held[expected] = (first, count)
 
+    def pages_out(self) -> list[int]:
+        runs = [*self.held.values(), *self.places]
+        return [page for first, count in runs for page in range(first, first + count)]
+
+    @rule(queue=st.sampled_from((0, 1)), pages=st.integers(1, 25))
+    def reserve(self, queue: int, pages: int) -> None:
+        out = set(self.pages_out())
+        fits = [first for first in range(PAGES - pages + 1) if out.isdisjoint(range(first, first + pages))]
+        allowed = pages <= self.pool.queue_free(queue)
+        first = self.pool.reserve(queue, pages)
+        assert first == (fits[0] if fits and allowed else None)
+        if first is not None:
+            self.places.append((first, pages))
+
+    @precondition(lambda self: self.places)
+    @rule(data=st.data())
+    def unreserve(self, data: st.DataObject) -> None:
+        self.pool.unreserve(*self.places.pop(data.draw(st.integers(0, len(self.places) - 1))))
+
     @rule(named=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 30)), min_size=1, max_size=8))
     def give_back(self, named: list[tuple[int, int]]) -> None:
         wanted = {token for start, count in named for token in range(start, start + count)} & set(self.held)
@@ -58,8 +78,8 @@ class Pages(RuleBasedStateMachine):
 
     @invariant()
     def pages_are_conserved(self) -> None:
-        out = [page for first, count in self.held.values() for page in range(first, first + count)]
-        assert len(out) == len(set(out)), "two live frags overlap"
+        out = self.pages_out()
+        assert len(out) == len(set(out)), "two live frags or places overlap"
         assert self.pool.inflight == len(out)
         assert self.pool.inflight + self.pool.queue_free(0) + self.pool.queue_free(1) == PAGES
         assert self.ledger.outstanding == len(self.held)
@@ -67,6 +87,8 @@ class Pages(RuleBasedStateMachine):
     def teardown(self) -> None:
         returned = self.ledger.take_all()
         self.pool.free_runs(returned.first_pages, returned.page_counts)
+        for first, count in self.places:
+            self.pool.unreserve(first, count)
         assert self.pool.inflight == 0
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import pytest
 
-from devmem_tcp.contract import Buffer, BufferUse
+from devmem_tcp.buffers import Buffer, BufferUse
 from devmem_tcp.errors import ETOOSMALL
 from devmem_tcp.kernel.attachment import Registry
 from devmem_tcp.kernel.binding import KernelRxBinding

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from devmem_tcp.contract import Buffer, CpuAccess
+from devmem_tcp.buffers import Buffer, CpuAccess
 from devmem_tcp.errors import BusyError, ClosedError, StaleFragError
 from devmem_tcp.gather import GatherPlan, gather, plan_gather
 from devmem_tcp.gather import plan as planning

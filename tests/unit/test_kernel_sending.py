@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from devmem_tcp.contract import BufferUse, Closing
+from devmem_tcp.buffers import BufferUse
+from devmem_tcp.closing import Closing
 from devmem_tcp.errors import KernelError, LocalProtocolError, RemoteProtocolError, Timeout
 from devmem_tcp.kernel.attachment import Registry
 from devmem_tcp.kernel.binding import KernelTxBinding

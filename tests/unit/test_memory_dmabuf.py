@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from devmem_tcp.contract import Allocator, CpuAccess
+from devmem_tcp.buffers import Allocator, CpuAccess
 from devmem_tcp.errors import BusyError, ClosedError, KernelError, LeakWarning, OutOfDeviceMemory
 from devmem_tcp.memory import DmaHeap, Udmabuf
 from devmem_tcp.memory.dmabuf import DmabufBuffer

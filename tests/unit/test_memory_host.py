@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from devmem_tcp.contract import Buffer, BufferUse, CpuAccess
+from devmem_tcp.buffers import Buffer, BufferUse, CpuAccess
 from devmem_tcp.errors import BusyError, ClosedError, KernelError, LeakWarning, OutOfDeviceMemory
 from devmem_tcp.memory import Host, HostKind, Hugepages
 from devmem_tcp.sys import calls

@@ -140,3 +140,37 @@ def test_a_pool_that_cannot_be(size: int, queues: tuple[int, ...]) -> None:
 def test_a_free_page_cannot_be_shared() -> None:
     with pytest.raises(ValueError, match="free"):
         PagePool(PAGE).share(0)
+
+
+def test_a_reserved_run_is_the_lowest_that_fits_or_none() -> None:
+    pool = PagePool(16 * PAGE)
+    pool.alloc(0, 16)
+    pool.free_run(1, 2)
+    pool.free_run(8, 4)
+    assert pool.reserve(0, 5) is None
+    assert pool.reserve(0, 3) == 8
+    assert pool.reserve(0, 2) == 1
+    assert pool.reserve(0, 2) is None
+    assert (pool.inflight, pool.alloc_fail(0)) == (15, 0)
+    pool.unreserve(8, 3)
+    assert pool.alloc(0, 9) == [(8, 4)]
+
+
+def test_a_reserved_run_comes_out_of_its_queues_share() -> None:
+    pool = PagePool(8 * PAGE, queues=(3, 9))
+    assert pool.reserve(3, 5) is None
+    assert pool.reserve(3, 4) == 0
+    assert (pool.queue_free(3), pool.queue_free(9)) == (0, 4)
+    pool.unreserve(0, 4)
+    assert (pool.queue_free(3), pool.queue_free(9)) == (4, 4)
+
+
+def test_a_reserved_run_goes_back_whole_whatever_else_is_shared() -> None:
+    pool = PagePool(8 * PAGE)
+    pool.alloc(0, 1)
+    pool.share(0)
+    assert pool.reserve(0, 7) == 1
+    pool.unreserve(1, 7)
+    assert pool.inflight == 1
+    with pytest.raises(ValueError, match="not all in flight"):
+        pool.unreserve(1, 1)

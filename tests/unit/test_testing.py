@@ -13,7 +13,7 @@ import threading
 import pytest
 
 import devmem_tcp as dmt
-from devmem_tcp.contract import BufferUse
+from devmem_tcp.buffers import BufferUse
 from devmem_tcp.sys import calls
 from devmem_tcp.testing.contract import contract_tests, needs, raises
 from devmem_tcp.testing.contract.expect import unmet_needs
@@ -31,6 +31,7 @@ CAPABILITIES = Capabilities(
     loopback=False,
     merged_frags=False,
     queue_shares=True,
+    placement=False,
     rx_queues=4,
     rss_table_size=128,
 )

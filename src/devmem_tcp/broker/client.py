@@ -17,7 +17,8 @@ from typing import Final
 from devmem_tcp import contract
 from devmem_tcp.broker import protocol
 from devmem_tcp.broker.protocol import AnswerType
-from devmem_tcp.contract import Allocator, Closing, check_buffer_size
+from devmem_tcp.buffers import Allocator, check_buffer_size
+from devmem_tcp.closing import Closing
 from devmem_tcp.errors import (
     BindError,
     BrokenError,

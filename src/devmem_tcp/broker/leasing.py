@@ -17,7 +17,8 @@ from typing import Final, TypeAlias
 from devmem_tcp.broker import protocol
 from devmem_tcp.broker.inspection import DmabufFacts, inspect_dmabuf
 from devmem_tcp.broker.policy import QUOTA_NAMES, Change, Peer, Permit, Policy
-from devmem_tcp.contract import Allocator, Buffer, Setting
+from devmem_tcp.buffers import Allocator, Buffer
+from devmem_tcp.contract import Setting
 from devmem_tcp.errors import BusyError, DevmemError, KernelError, RemoteProtocolError
 from devmem_tcp.kernel.control import NicControl
 from devmem_tcp.types import FlowRule

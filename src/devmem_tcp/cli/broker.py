@@ -17,8 +17,8 @@ from devmem_tcp.broker.leasing import Leasing
 from devmem_tcp.broker.policy import Policy
 from devmem_tcp.broker.protocol import DEFAULT_PATH
 from devmem_tcp.broker.server import Server, inherited, listening
+from devmem_tcp.buffers import Allocator
 from devmem_tcp.cli.failure import EXIT_STATUS_HELP, say
-from devmem_tcp.contract import Allocator
 from devmem_tcp.kernel.control import LocalControl
 from devmem_tcp.sys import calls
 

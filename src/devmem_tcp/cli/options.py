@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from devmem_tcp.contract import check_buffer_size
+from devmem_tcp.buffers import check_buffer_size
 from devmem_tcp.testing.patterns import MAX_LENGTH, MIN_LENGTH
 from devmem_tcp.types import PAGE_SIZE, Address
 

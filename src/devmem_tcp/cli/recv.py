@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import click
 
+from devmem_tcp.buffers import Buffer, CpuAccess
 from devmem_tcp.cli.failure import EXIT_STATUS_HELP, peer_is_gone
 from devmem_tcp.cli.options import (
     ANY_HOST,
@@ -24,7 +25,7 @@ from devmem_tcp.cli.progress import Advance, progress
 from devmem_tcp.cli.report import ReceivedReport, print_json, print_received, rate
 from devmem_tcp.cli.setup import NicChoice, ReportChoice, accept_one, hostport, steering
 from devmem_tcp.cli.sinks import STDOUT, FileSink, HashSink, PatternSink, Sink, open_output
-from devmem_tcp.contract import Buffer, CpuAccess, DevmemSocket, Nic, RxBinding
+from devmem_tcp.contract import DevmemSocket, Nic, RxBinding
 from devmem_tcp.errors import DevmemError
 from devmem_tcp.types import Address, FragBatch, FragKind, SocketStats
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import click
 
+from devmem_tcp.buffers import CpuAccess
 from devmem_tcp.cli.failure import EXIT_STATUS_HELP, peer_is_gone
 from devmem_tcp.cli.options import (
     ANY_HOST,
@@ -26,7 +27,7 @@ from devmem_tcp.cli.setup import NicChoice, ReportChoice, accept_one, hostport
 from devmem_tcp.cli.sinks import HashSink
 from devmem_tcp.cli.sources import STDIN, PatternSource, Source, open_file
 from devmem_tcp.cli.windows import Windows
-from devmem_tcp.contract import CpuAccess, DevmemSocket, Nic, TxBinding
+from devmem_tcp.contract import DevmemSocket, Nic, TxBinding
 from devmem_tcp.errors import DevmemError, Timeout
 from devmem_tcp.types import Address
 

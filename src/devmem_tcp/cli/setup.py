@@ -11,9 +11,10 @@ import click
 
 from devmem_tcp import memory
 from devmem_tcp.broker.client import BrokerMemory
+from devmem_tcp.buffers import Allocator, Buffer
 from devmem_tcp.cli.failure import say
 from devmem_tcp.cli.report import ListeningEvent, print_json
-from devmem_tcp.contract import Allocator, Buffer, DevmemSocket, Listener, Nic
+from devmem_tcp.contract import DevmemSocket, Listener, Nic
 from devmem_tcp.doors import open_nic
 from devmem_tcp.errors import DevmemError
 from devmem_tcp.software.options import SoftwareOptions

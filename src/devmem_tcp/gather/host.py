@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from devmem_tcp.contract import Buffer, CpuAccess
+from devmem_tcp.buffers import Buffer, CpuAccess
 from devmem_tcp.gather.plan import GatherPlan, inline_source, plan_gather
 from devmem_tcp.types import FragBatch, U8Array
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from devmem_tcp import contract
-from devmem_tcp.contract import Buffer, BufferUse
+from devmem_tcp.buffers import Buffer, BufferUse
+from devmem_tcp.closing import Closing
 from devmem_tcp.kernel import netdev
 from devmem_tcp.kernel.attachment import Registry
 from devmem_tcp.kernel.control import AttachedQueues, NicControl
@@ -66,6 +67,11 @@ class KernelRxBinding(contract.RxBinding):
         """Whether no token is out and no socket of the NIC has unread data, which may lie in this binding's memory."""
         return not self._registry.in_use(self._id)
 
+    def reserve(self, queue: int, size_bytes: int) -> contract.Place | None:
+        """Check the arguments and return None: a NIC chooses the pages that payload lands in."""
+        self._check_reservation(queue, size_bytes)
+        return None
+
     def holders(self) -> tuple[TokenHolder, ...]:
         return self._registry.holders(self._id)
 
@@ -88,7 +94,7 @@ class KernelRxBinding(contract.RxBinding):
 class KernelTxBinding(contract.TxBinding):
     """See ``contract.TxBinding``. Made by ``bind_tx``. What is under way keeps the dma-buf, even a closed one."""
 
-    def __init__(self, dmabuf_id: int, buffer: Buffer, pin: int, netlink: contract.Closing, registry: Registry) -> None:
+    def __init__(self, dmabuf_id: int, buffer: Buffer, pin: int, netlink: Closing, registry: Registry) -> None:
         self._id = dmabuf_id
         self._buffer = buffer
         self._pin = pin

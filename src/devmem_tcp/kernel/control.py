@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from typing import Final, Protocol
 
 from devmem_tcp import refusals
-from devmem_tcp.contract import Closing, NtupleRule, Setting
+from devmem_tcp.closing import Closing
+from devmem_tcp.contract import NtupleRule, Setting
 from devmem_tcp.errors import BindError
 from devmem_tcp.kernel import netdev
 from devmem_tcp.kernel.settings import NicSettings

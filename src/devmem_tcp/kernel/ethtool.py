@@ -14,7 +14,7 @@ from enum import IntEnum
 from typing import Final, NamedTuple
 
 from devmem_tcp import refusals
-from devmem_tcp.contract import Closing
+from devmem_tcp.closing import Closing
 from devmem_tcp.errors import KernelError, NicSettingError
 from devmem_tcp.kernel.ntuple import HeldRule
 from devmem_tcp.sys import calls

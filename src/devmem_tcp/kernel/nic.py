@@ -11,7 +11,9 @@ from functools import partial
 from typing import Any, Final
 
 from devmem_tcp import contract
-from devmem_tcp.contract import Buffer, check_rx_page_size
+from devmem_tcp.buffers import Buffer
+from devmem_tcp.closing import Closing
+from devmem_tcp.contract import check_rx_page_size
 from devmem_tcp.endpoints import TcpListener, open_connection, open_listening
 from devmem_tcp.errors import SteeringWarning
 from devmem_tcp.kernel import netdev
@@ -89,6 +91,7 @@ class KernelNic(contract.Nic):
             loopback=False,
             merged_frags=False,
             queue_shares=False,
+            placement=False,
             rx_queues=self._rx_queues,
             rss_table_size=self._rss_table_size,
         )
@@ -240,7 +243,7 @@ class KernelNic(contract.Nic):
         with ExitStack() as undo:  # the last first, and all of them, whatever one raises
             undo.callback(self._ethtool.close)
             undo.callback(self._control.close)
-            children: list[contract.Closing] = [*self._registry.rx.values(), *self._registry.tx.values()]
+            children: list[Closing] = [*self._registry.rx.values(), *self._registry.tx.values()]
             children += [*self._listeners, *self._sockets]
             for child in children:
                 undo.callback(child.close)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Final
 
 from devmem_tcp import contract
+from devmem_tcp.closing import Closing
 from devmem_tcp.errors import DevmemError, NicSettingError, SettingWarning
 from devmem_tcp.kernel import ethtool, journal
 from devmem_tcp.kernel.ethtool import NTUPLE, Ethtool
@@ -101,7 +102,7 @@ def close_all(settings: Sequence[contract.Setting]) -> None:
         raise first
 
 
-class NicSettings(contract.Closing):
+class NicSettings(Closing):
     """The settings of one NIC of this network namespace.
 
     Args:

@@ -89,6 +89,15 @@ class KernelSocket(contract.DevmemSocket):
         self._recv_calls += 1
         return self._receive(self._inbound.receive, max_bytes, max_frags, self)
 
+    @property
+    def lands_in(self) -> contract.RxBinding | None:
+        """None: a NIC chooses the pages that payload lands in."""
+        return None
+
+    def recv_placed(self, place: contract.Place, at: int, max_bytes: int, *, all: bool = False) -> int:
+        self._check_open()
+        raise LocalProtocolError("a NIC chooses the pages that payload lands in", hint="go on with recv_frags()")
+
     def recv_into(self, target: bytearray | memoryview) -> int:
         self._check_open()
         window = memoryview(target).cast("B")
@@ -293,6 +302,10 @@ class KernelSocket(contract.DevmemSocket):
     # --- the rest ---
 
     def fileno(self) -> int:
+        self._check_open()
+        return self._sock.fileno()
+
+    def send_fileno(self) -> int:
         self._check_open()
         return self._sock.fileno()
 

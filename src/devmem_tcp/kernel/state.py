@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from enum import StrEnum
 from typing import Final
 
-from devmem_tcp import contract
+from devmem_tcp.closing import Closing
 from devmem_tcp.errors import BusyError, KernelError
 from devmem_tcp.kernel import journal
 from devmem_tcp.kernel.ethtool import NTUPLE, Ethtool
@@ -37,7 +37,7 @@ ANY_RULE: Final = f"{Kind.RULE} any"
 _ANY: Final = "any"
 
 
-class EthtoolState(contract.Closing):
+class EthtoolState(Closing):
     """A NIC's settings by name, for the journal. See ``journal.NicState``.
 
     Values: header-split: ``HeaderSplitMode``'s; hds-thresh: bytes; ring-sizes and channels: counts by kind; rss-table:

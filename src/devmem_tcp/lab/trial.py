@@ -30,7 +30,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from devmem_tcp.contract import Buffer, CpuAccess
+from devmem_tcp.buffers import Buffer, CpuAccess
 from devmem_tcp.errors import DevmemError
 from devmem_tcp.lab.netdev import NetdevSocket
 from devmem_tcp.lab.second_memory import PAGE_BYTES, allocate_on, node_start

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from devmem_tcp.contract import Closing
+from devmem_tcp.closing import Closing
 from devmem_tcp.errors import ClosedError, RemoteProtocolError
 from devmem_tcp.lab import vfio_protocol as wire
 from devmem_tcp.lab.dma import DmaError, DmaSpace

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Final
 
-from devmem_tcp.contract import CpuAccess
+from devmem_tcp.buffers import CpuAccess
 from devmem_tcp.memory.mapped import MappedBuffer
 from devmem_tcp.memory.refusals import refusals
 from devmem_tcp.sys import calls

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from devmem_tcp.contract import Allocator, check_buffer_size
+from devmem_tcp.buffers import Allocator, check_buffer_size
 from devmem_tcp.memory.dmabuf import DmabufBuffer, open_node
 from devmem_tcp.memory.refusals import refusals
 from devmem_tcp.sys import calls

@@ -6,7 +6,7 @@ import errno
 from enum import Enum
 from typing import Final
 
-from devmem_tcp.contract import Allocator, check_buffer_size
+from devmem_tcp.buffers import Allocator, check_buffer_size
 from devmem_tcp.errors import KernelError, OutOfDeviceMemory
 from devmem_tcp.memory.mapped import MappedBuffer
 from devmem_tcp.memory.refusals import check_available, meminfo, refusals

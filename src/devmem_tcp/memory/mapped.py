@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from devmem_tcp.contract import Buffer, CpuAccess
+from devmem_tcp.buffers import Buffer, CpuAccess
 from devmem_tcp.errors import BusyError, ClosedError, LeakWarning
 from devmem_tcp.sys import calls
 
@@ -32,6 +32,7 @@ class MappedBuffer(Buffer):
         self._kind = kind
         self._mapping = mapping
         self._fd = fd
+        self._retired = False
         self._closed = False
 
     @property
@@ -103,6 +104,16 @@ class MappedBuffer(Buffer):
                     "then close() again",
                 ) from None
         self._let_go()
+
+    def retire(self) -> None:
+        if not self._closed:
+            self._retired = True
+            if not self.holders:
+                self._let_go()
+
+    def _unused(self) -> None:
+        if self._retired and not self._closed:
+            self._let_go()
 
     def _let_go(self) -> None:
         """Close, leaving the memory to the views that are alive: it is unmapped with the last of them."""

@@ -6,7 +6,7 @@ import contextlib
 import errno
 from typing import Final
 
-from devmem_tcp.contract import Allocator, check_buffer_size
+from devmem_tcp.buffers import Allocator, check_buffer_size
 from devmem_tcp.errors import OutOfDeviceMemory
 from devmem_tcp.memory.dmabuf import DmabufBuffer, open_node
 from devmem_tcp.memory.refusals import check_available, refusals

@@ -5,7 +5,8 @@ Rules:
     once the last has let go: in flight + free = total, always;
   - the lowest adjacent free pages are taken first, so that a buffer that is emptied quickly stays in the CPU's caches
     and payload lands in few, long runs;
-  - each queue has an even share, so that a queue whose reader holds its tokens cannot stop another.
+  - each queue has an even share, so that a queue whose reader holds its tokens cannot stop another;
+  - reserved pages are in flight like others: neighbours, with one holder.
 """
 
 from __future__ import annotations
@@ -91,14 +92,41 @@ class PagePool:
         if pages <= 0:
             share.alloc_fail += 1
             return []
-        wanted = _FREE_PAGE * pages
-        at = self._low
-        if not self._state.startswith(wanted, at):  # the usual case; find() prepares for a long search first
-            at = self._state.find(wanted, at)
+        at = self._find(pages)
         if at < 0:
             return self._take_scattered(share, pages, max_runs)
         self._take(share, at, pages)
         return [(at, pages)]
+
+    def reserve(self, queue: int, pages: int) -> int | None:
+        """Take ``pages`` neighbouring pages for a queue, all or none; returns the first. They are never shared.
+
+        Returns:
+            None: the queue may not have so many, or they are scattered. Nothing is dropped for it, and none counted.
+        """
+        share = self._shares[self._index[queue]]
+        if pages > share.quota - share.inflight:
+            return None
+        first = self._find(pages)
+        if first < 0:
+            return None
+        self._take(share, first, pages)
+        return first
+
+    def unreserve(self, first: int, count: int) -> None:
+        """Give back what ``reserve`` took.
+
+        Raises:
+            ValueError: one of the pages is free already: somebody counts wrongly.
+        """
+        self._put_back(first, count)
+
+    def _find(self, pages: int) -> int:
+        """Return the first page of the lowest run of ``pages`` free pages, or -1."""
+        wanted = _FREE_PAGE * pages
+        if self._state.startswith(wanted, self._low):  # the usual case; find() prepares for a long search first
+            return self._low
+        return self._state.find(wanted, self._low)
 
     def _take(self, share: _Share, first: int, count: int) -> None:
         self._state[first : first + count] = share.mark * count

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Final, Protocol
+from functools import partial
+from typing import Final, NamedTuple, Protocol
 
 from devmem_tcp import contract
-from devmem_tcp.contract import Buffer, BufferUse
+from devmem_tcp.buffers import Buffer, BufferUse
 from devmem_tcp.nicmodel.page_pool import PagePool
+from devmem_tcp.software.place import SoftwarePlace
 from devmem_tcp.types import TokenHolder, U32Array
 
 _ids = itertools.count(1)
@@ -27,8 +30,55 @@ class PageWaiter(Protocol):
         """Called, from any thread, once pages were given back."""
 
 
+class Reserved(NamedTuple):
+    """The pages of one place."""
+
+    queue: int
+    first_page: int
+    page_count: int
+
+
+class PageLock:
+    """The lock of a binding's pages.
+
+    A place may be closed by the garbage collector, in the midst of whatever the thread does with the lock in its hands.
+    So its pages are only handed in here, which never waits, and who lets go of the lock takes them back.
+    """
+
+    def __init__(self, take_back: Callable[[Iterable[Reserved]], list[PageWaiter]]) -> None:
+        self._lock = threading.Lock()
+        self._take_back = take_back
+        self._handed_in: deque[Reserved] = deque()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        if self._handed_in:
+            self._settle()
+
+    def hand_in(self, reserved: Reserved) -> None:
+        """Have pages of a place taken back: now, or when the lock is free."""
+        self._handed_in.append(reserved)
+        self._settle()
+
+    def _settle(self) -> None:
+        while self._handed_in and self._lock.acquire(blocking=False):
+            try:
+                waiters = self._take_back(self._all_handed_in())
+            finally:
+                self._lock.release()
+            for waiter in waiters:
+                waiter.pages_freed()
+
+    def _all_handed_in(self) -> Iterable[Reserved]:
+        while self._handed_in:
+            yield self._handed_in.popleft()
+
+
 class SoftwareRxBinding(contract.RxBinding):
-    """A Buffer whose pages the sockets of some queues receive into.
+    """A Buffer whose pages the sockets of some queues receive into, and whose runs programs reserve.
 
     Thread-safe. The Buffer stays pinned until the binding is closed and the last page is back.
     """
@@ -42,6 +92,8 @@ class SoftwareRxBinding(contract.RxBinding):
         frag_size: int,
         on_close: Callable[[SoftwareRxBinding], None],
         find_holders: Callable[[int], Iterable[TokenHolder]],
+        *,
+        places: bool,
     ) -> None:
         self._id = dmabuf_id
         self._buffer = buffer
@@ -49,7 +101,9 @@ class SoftwareRxBinding(contract.RxBinding):
         self._on_close = on_close
         self._find_holders = find_holders
         self._closed = False
-        self._lock = threading.Lock()
+        self._places = places
+        self._placed: dict[int, tuple[int, int]] = dict.fromkeys(queues, (0, 0))  # places, and pages in them
+        self._lock = PageLock(self._take_back)
         self._pool = pool
         self._waiters: list[PageWaiter] = []
         self.page_size: Final = pool.page_size
@@ -89,6 +143,38 @@ class SoftwareRxBinding(contract.RxBinding):
 
     def holders(self) -> tuple[TokenHolder, ...]:
         return tuple(sorted(self._find_holders(self._id), key=lambda holder: -holder.oldest_age_s))
+
+    def reserve(self, queue: int, size_bytes: int) -> SoftwarePlace | None:
+        self._check_reservation(queue, size_bytes)
+        if not self._places:
+            return None
+        page_count = -(-size_bytes // self.page_size)
+        with self._lock:
+            if self._view is None:  # closed by another thread since, and nothing in use
+                return None
+            first_page = self._pool.reserve(queue, page_count)
+            if first_page is None:
+                return None
+            self._count_places(queue, 1, page_count)
+            offset = first_page * self.page_size
+            memory = self._view[offset : offset + size_bytes]
+        reserved = Reserved(queue, first_page, page_count)
+        return SoftwarePlace(self, offset, memory, partial(self._lock.hand_in, reserved))
+
+    def placed(self, queue: int) -> tuple[int, int]:
+        """Return how many places of a queue there are, and how many bytes their pages have."""
+        places, pages = self._placed[queue]
+        return places, pages * self.page_size
+
+    def _take_back(self, all_reserved: Iterable[Reserved]) -> list[PageWaiter]:
+        for queue, first_page, page_count in all_reserved:
+            self._pool.unreserve(first_page, page_count)
+            self._count_places(queue, -1, -page_count)
+        return self._after_return()
+
+    def _count_places(self, queue: int, more_places: int, more_pages: int) -> None:
+        places, pages = self._placed[queue]
+        self._placed[queue] = (places + more_places, pages + more_pages)
 
     def window(self, offset: int, size: int) -> memoryview:
         """Return bytes of the Buffer, from a cache: slicing anew for each read costs more than it seems."""

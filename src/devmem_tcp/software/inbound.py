@@ -86,6 +86,7 @@ class Inbound:
         self._planner = planner
         self._inline = inline
         self._strict = strict
+        self._places = planner.places
         self.rest: tuple[SoftwareRxBinding, Piece] | None = None  # read from TCP, and not handed out
         self.ledger = TokenLedger()
         self.drained_tcp = True  # the last read took all there was: the next one would better wait first
@@ -289,6 +290,23 @@ class Inbound:
         if self.rest is None and self._at_end():
             return 0
         raise KernelError(errno.EFAULT, "recvmsg", hint="the next data is in device memory: take it with recv_frags()")
+
+    def lands_in(self, queue: int) -> SoftwareRxBinding | None:
+        """Return the binding in which the next payload, if it comes over ``queue``, can be placed."""
+        if self.rest is not None or not self._places:
+            return None
+        return self._by_queue.get(queue)
+
+    def receive_placed(self, window: memoryview) -> int:
+        """Receive what is there into a place; ``placed`` is to count it. Raises BlockingIOError: nothing is there."""
+        return calls.recv_into(self._sock, window, calls.MSG_DONTWAIT)
+
+    def placed(self, queue: int, taken: int) -> None:
+        """Count what was received into a place."""
+        if taken:
+            self.bytes_by_queue[queue] = self.bytes_by_queue.get(queue, 0) + taken
+            self.dmabuf_bytes += taken
+            self.frags += 1
 
     def discard(self, max_bytes: int) -> int:
         """Drop what is there, at most ``max_bytes``."""

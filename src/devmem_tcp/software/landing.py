@@ -31,12 +31,18 @@ class Planner(Protocol):
     def plan(self, binding: SoftwareRxBinding, queue: int, max_bytes: int, max_frags: int) -> list[Piece]:
         """Return pieces for up to about ``max_bytes`` and at most ``max_frags`` frags; empty: no free page."""
 
+    @property
+    def places(self) -> bool:
+        """Whether payload can be landed where the program wants it."""
+
     def completions_late(self) -> bool:
         """Whether a completion that could be reported now is kept for later."""
 
 
 class Contiguous:
     """The friendly planner: adjacent pages, lowest first, whole pages up to the one that ``max_bytes`` ends in."""
+
+    places: Final = True
 
     def plan(self, binding: SoftwareRxBinding, queue: int, max_bytes: int, max_frags: int) -> list[Piece]:
         page_size = binding.page_size
@@ -50,6 +56,8 @@ class Contiguous:
 
 class Hostile:
     """The nasty planner. Seeded: the same calls give the same choices."""
+
+    places: Final = False
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)

@@ -14,7 +14,9 @@ from functools import partial
 from typing import Any, Final
 
 from devmem_tcp import contract, refusals
-from devmem_tcp.contract import Buffer, check_rx_page_size
+from devmem_tcp.buffers import Buffer
+from devmem_tcp.closing import Closing
+from devmem_tcp.contract import check_rx_page_size
 from devmem_tcp.endpoints import TcpListener, open_connection, open_listening
 from devmem_tcp.errors import BindError, KernelError
 from devmem_tcp.nicmodel.header_split import HeaderSplit
@@ -96,6 +98,7 @@ class SoftwareNic(contract.Nic):
             loopback=True,
             merged_frags=self._options.frag_size > PAGE_SIZE,
             queue_shares=True,
+            placement=self._planner.places,
             rx_queues=self._options.rx_queues,
             rss_table_size=self._steering.table.size,
         )
@@ -200,7 +203,14 @@ class SoftwareNic(contract.Nic):
                 raise BindError(errno.ENOMEM, "bind-rx", hint=hint)
             pool = PagePool(pages * rx_page_size, queues, page_size=rx_page_size)
             binding = SoftwareRxBinding(
-                dmabuf_id, buffer, pool, queues, self._options.frag_size, self._unbound_rx, self._find_holders
+                dmabuf_id,
+                buffer,
+                pool,
+                queues,
+                self._options.frag_size,
+                self._unbound_rx,
+                self._find_holders,
+                places=self._planner.places,
             )
             self._rx_by_queue.update(dict.fromkeys(queues, binding))
             return binding
@@ -337,7 +347,7 @@ class SoftwareNic(contract.Nic):
         if self._closed:
             return
         self._closed = True
-        children: list[contract.Closing] = [*self._sockets, *self._listeners]
+        children: list[Closing] = [*self._sockets, *self._listeners]
         children += {id(binding): binding for binding in self._rx_by_queue.values()}.values()
         children += self._tx_by_id.values()
         children += reversed(self._settings)

@@ -26,7 +26,7 @@ class Readiness:
 
     def __init__(self, sock: calls.Socket) -> None:
         self._sock = sock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may close a place in the midst of it: pages_freed
         self._epoll: calls.Epoll | None = None
         self._here_fd = -1  # in the epoll, readable while something is here already
         self._here = False
@@ -74,6 +74,13 @@ class Readiness:
             self._mute(True)
             if not self._subscribe(shortage.binding, shortage.queue):
                 self._mute(False)
+
+    def wants_data(self) -> None:
+        """Report the TCP socket's data also while no page is free: the reader has room of its own."""
+        if self._shortage is not None:
+            self._shortage = None
+            self._unsubscribe()
+            self._mute(False)
 
     def wait_freed(self, binding: SoftwareRxBinding, queue: int, timeout_s: float | None) -> bool:
         """Wait until pages of a queue are freed; False when the time ran out."""
@@ -147,7 +154,8 @@ class Starvation:
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 self.mute()
-                raise Timeout(self.report(), hint="release() batches sooner, or bind a larger buffer")
+                hint = "release() batches sooner, close() places, or bind a larger buffer"
+                raise Timeout(self.report(), hint=hint)
             if self._report_at is not None and now >= self._report_at:
                 self._report_at = None
                 warnings.warn(self.report(), StarvationWarning, stacklevel=5)
@@ -157,8 +165,13 @@ class Starvation:
                 return
 
     def report(self) -> str:
-        """Say which queue has no page and who holds how many tokens for how long."""
+        """Say which queue has no page, who holds how many tokens for how long, and what places take."""
         binding, queue = self._shortage.binding, self._shortage.queue
         total = binding.pool.queue_total(queue)
         holders = [holder for holder in binding.holders() if holder.queue == queue]
-        return f"no free page on RX queue {queue}: all {total} are held: {tell_holders(holders) or 'by unread data'}"
+        held = [text for text in (tell_holders(holders), _tell_places(*binding.placed(queue))) if text]
+        return f"no free page on RX queue {queue}: all {total} are held: {'; '.join(held) or 'by unread data'}"
+
+
+def _tell_places(places: int, size_bytes: int) -> str:
+    return f"{places} places ({size_bytes} bytes) that the program reserved" if places else ""

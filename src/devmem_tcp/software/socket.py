@@ -1,7 +1,7 @@
 """A connected socket of a software NIC: Inbound and Outbound, and all the waiting.
 
 The TCP socket itself is always in blocking mode; time limits are kept here, by poll, so that no page is held while
-nothing arrives.
+nothing arrives. Receiving into a place, whose pages are held anyway, may wait in recv(2) itself.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from devmem_tcp.sansio.tokens import dontneed_calls, token_array
 from devmem_tcp.software.flow import SteeredFlow
 from devmem_tcp.software.inbound import Inbound, Starved
 from devmem_tcp.software.outbound import Outbound
+from devmem_tcp.software.place import SoftwarePlace
 from devmem_tcp.software.readiness import Readiness, Starvation
 from devmem_tcp.sys import calls
 from devmem_tcp.types import Address, CompletionRange, FragBatch, SocketStats, TokenHolder, TokenRangeArray
@@ -73,6 +74,31 @@ class SoftwareSocket(contract.DevmemSocket):
             raise ControlTruncated(needed=CONTROL_SPACE_PER_FRAG)
         self._recv_calls += 1
         return self._wait_readable(self._inbound.receive, max_bytes, max_frags, self)
+
+    @property
+    def lands_in(self) -> contract.RxBinding | None:
+        return self._inbound.lands_in(self._flow.queue)
+
+    def recv_placed(self, place: contract.Place, at: int, max_bytes: int, *, all: bool = False) -> int:
+        if self._closed:
+            self._check_open()
+        queue = self._flow.queue
+        if not isinstance(place, SoftwarePlace) or self._inbound.lands_in(queue) is not place.binding:
+            raise LocalProtocolError(
+                f"the next payload, over RX queue {queue}, cannot land in {place!r}", hint="go on with recv_frags()"
+            )
+        window = place.start(at, max_bytes)
+        try:
+            self._recv_calls += 1
+            if self._timeout_s is None:  # no page could be held in vain: it may wait in the system itself
+                taken = calls.recv_into(self._sock, window, calls.MSG_WAITALL if all else 0)
+            else:
+                self._readiness.wants_data()
+                taken = self._wait_readable(self._inbound.receive_placed, window)
+        finally:
+            place.end()
+        self._inbound.placed(queue, taken)
+        return taken
 
     def recv_into(self, target: bytearray | memoryview) -> int:
         self._check_open()
@@ -217,6 +243,10 @@ class SoftwareSocket(contract.DevmemSocket):
     def fileno(self) -> int:
         self._check_open()
         return self._readiness.fileno(pending=self._pending)
+
+    def send_fileno(self) -> int:
+        self._check_open()
+        return self._sock.fileno()
 
     @property
     def local_address(self) -> Address:

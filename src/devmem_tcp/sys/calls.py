@@ -43,6 +43,7 @@ MSG_ERRQUEUE: Final = socket.MSG_ERRQUEUE
 MSG_NOSIGNAL: Final = socket.MSG_NOSIGNAL
 MSG_PEEK: Final = socket.MSG_PEEK
 MSG_TRUNC: Final = socket.MSG_TRUNC
+MSG_WAITALL: Final = socket.MSG_WAITALL
 MSG_CTRUNC: Final = socket.MSG_CTRUNC
 SOL_SOCKET: Final = socket.SOL_SOCKET
 SO_MEMINFO: Final = 55  # asm-generic/socket.h; the socket module has no name for it

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import Final
 
-from devmem_tcp.contract import Closing
+from devmem_tcp.closing import Closing
 from devmem_tcp.errors import BrokenError, BusyError, ClosedError, KernelError, LeakWarning
 from devmem_tcp.sys import calls
 from devmem_tcp.uapi import netlink

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from devmem_tcp.contract import Buffer, Closing
+from devmem_tcp.buffers import Buffer
+from devmem_tcp.closing import Closing
 
 # Opened by the interpreter or the C library at some first use and kept for the life of the process.
 _KEPT_BY_INTERPRETER: Final = frozenset({"/dev/urandom", "/dev/random"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from devmem_tcp.contract import BufferUse
+from devmem_tcp.buffers import BufferUse
 from devmem_tcp.errors import BindError, BusyError, ClosedError, NicSettingError
 from devmem_tcp.testing.contract.expect import needs, raises
 from devmem_tcp.testing.contract.rig import Rig

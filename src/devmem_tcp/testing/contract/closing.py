@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 
-from devmem_tcp.contract import Closing
+from devmem_tcp.closing import Closing
 from devmem_tcp.errors import BusyError, ClosedError
 from devmem_tcp.testing.contract.collector import token_ranges
 from devmem_tcp.testing.contract.expect import raises

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from devmem_tcp.contract import DEFAULT_MAX_BYTES, DEFAULT_MAX_FRAGS, Buffer, CpuAccess, DevmemSocket
+from devmem_tcp.buffers import Buffer, CpuAccess
+from devmem_tcp.contract import DEFAULT_MAX_BYTES, DEFAULT_MAX_FRAGS, DevmemSocket
 from devmem_tcp.types import DmabufFrag, FragBatch, FragKind, LinearFrag, TokenRangeArray, U8Array
 from devmem_tcp.uapi.socket import TOKEN_DTYPE
 

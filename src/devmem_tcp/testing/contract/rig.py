@@ -9,7 +9,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
-from devmem_tcp.contract import Allocator, Buffer, Closing, DevmemSocket, Listener, Nic, NtupleRule, RxBinding
+from devmem_tcp.buffers import Allocator, Buffer
+from devmem_tcp.closing import Closing
+from devmem_tcp.contract import DevmemSocket, Listener, Nic, NtupleRule, RxBinding
 from devmem_tcp.errors import SteeringWarning, Timeout
 from devmem_tcp.testing.contract.collector import BoundMemory, Collector
 from devmem_tcp.types import PAGE_SIZE, Address, Capabilities

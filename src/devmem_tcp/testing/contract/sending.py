@@ -7,7 +7,8 @@ import socket
 from itertools import pairwise
 from typing import NamedTuple
 
-from devmem_tcp.contract import Buffer, CpuAccess, DevmemSocket, TxBinding
+from devmem_tcp.buffers import Buffer, CpuAccess
+from devmem_tcp.contract import DevmemSocket, TxBinding
 from devmem_tcp.errors import KernelError, LocalProtocolError, Timeout
 from devmem_tcp.testing.contract.expect import raises
 from devmem_tcp.testing.contract.rig import Rig

@@ -6,12 +6,22 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Final
 
-from devmem_tcp.testing.contract import binding, closing, exhaustion, receiving, sending, settings, tokens, waiting
+from devmem_tcp.testing.contract import (
+    binding,
+    closing,
+    exhaustion,
+    placement,
+    receiving,
+    sending,
+    settings,
+    tokens,
+    waiting,
+)
 from devmem_tcp.testing.contract.expect import TestFunction, unmet_needs
 from devmem_tcp.testing.contract.rig import Rig
 from devmem_tcp.types import Capabilities
 
-_MODULES: Final = (binding, settings, receiving, waiting, tokens, exhaustion, sending, closing)
+_MODULES: Final = (binding, settings, receiving, waiting, tokens, exhaustion, placement, sending, closing)
 _PREFIX: Final = "test_"
 
 
