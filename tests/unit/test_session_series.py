@@ -119,6 +119,35 @@ def test_the_end_of_a_series_may_overtake_its_bytes() -> None:
     assert pair.receiver.state is pair.sender.state is SessionState.CLOSED
 
 
+@pytest.mark.parametrize(("count", "ends_early"), [(3, False), (9, True)])
+def test_what_follows_a_series_may_be_announced_before_its_bytes_come(count: int, ends_early: bool) -> None:
+    pair = Pair(2)
+    pair.settle()
+    pair.announce_series(payload(0), count)
+    for number in (1, 2):
+        pair.announce_next(payload(number))
+    if ends_early:
+        pair.sender.end_series()
+    pair.announce(b"another")
+    pair.control()
+    told = [event.message_id for event in pair.receiver_events if isinstance(event, MessageAnnounced)]
+    assert told == [0, 1, 2, 3]
+    pair.settle()
+    assert received(pair) == [0, 1, 2, 3]
+    assert [bytes(taken) for taken in pair.taken] == pair.payloads
+
+
+def test_what_follows_a_series_says_that_credit_was_there_for_all_of_it() -> None:
+    receiver = new_receiver()
+    receiver.receive_control(encode(announcement(count=100)) + encode(announcement(100)), 0.0)
+    for message_id in range(5):  # there is credit for four; the next is told of, as always
+        event = receiver.next_event()
+        assert isinstance(event, MessageAnnounced)
+        assert event.message_id == message_id
+    with pytest.raises(RemoteProtocolError, match="without credit"):
+        receiver.next_event()
+
+
 def test_a_cancel_within_a_series_may_overtake_the_bytes_before_it() -> None:
     pair = Pair(1)
     pair.settle()
@@ -180,6 +209,24 @@ def test_a_decline_of_a_message_that_never_comes_is_nothing() -> None:
     pair.announce(b"welcome")
     pair.settle()
     assert received(pair) == [0, 1]
+
+
+def test_a_decline_of_a_message_that_never_comes_does_not_meet_the_next_with_its_id() -> None:
+    pair = Pair(1)
+    pair.settle()
+    pair.announce_series(payload(0), 5)
+    pair.settle()
+    pair.sender.end_series()
+    assert pair.announce(b"another") == 1
+    pair.receiver.decline(1, "no room")  # of the series: all that it was told of
+    pair.settle()
+    assert received(pair) == [0, 1]
+    assert not any(isinstance(event, MessageDeclined) for event in pair.sender_events)
+    assert pair.announce(b"not wanted") == 2
+    pair.control()
+    pair.receiver.decline(2, "no room")
+    pair.settle()
+    assert MessageDeclined(2, "no room") in pair.sender_events
 
 
 def test_a_receiver_that_leaves_ends_the_series() -> None:

@@ -13,6 +13,7 @@ Rules of the wire:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from enum import Enum
 from typing import Annotated, Any, Final, Generic, Literal, TypeAlias, TypeVar
@@ -397,6 +398,12 @@ def encode(frame: HandshakeFrame | SessionFrame) -> bytes:
     """Encode a frame, its length first."""
     body = _encoder.encode(frame)
     return len(body).to_bytes(LENGTH_BYTES) + body
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless a message may have this name."""
+    if len(name) > MAX_NAME or not re.match(_NO_CONTROLS, name):
+        raise ValueError(f"a message's name has at most {MAX_NAME} characters, and no control characters: {name[:80]!r}")
 
 
 def encode_announce(frame: Announce) -> bytes:

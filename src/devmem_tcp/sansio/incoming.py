@@ -76,6 +76,8 @@ class Incoming:
         Raises:
             RemoteProtocolError: its id is not the next, its stripes are not over this session's lanes, or no credit.
         """
+        if header.message_id == self._series_end:
+            self._begin_rest_of_series()
         if header.message_id != self._next_id or self._series_end > self._next_id:
             raise RemoteProtocolError(
                 f"message {header.message_id} was announced where {self._next_id} comes next, of a series or by itself"
@@ -99,6 +101,14 @@ class Incoming:
         """Take in the next message of the series, after one that is done with on some lane."""
         if message.message_id == self._next_id - 1 and self._next_id < self._series_end:
             self._add(message.header)
+
+    def _begin_rest_of_series(self) -> None:
+        """Take in what is left of the series under way: who announces what follows it has begun all of it."""
+        while self._order:
+            self._begin(self._order[-1])
+            if self._next_id >= self._series_end:
+                return
+            self._continue_series(self._order[-1])
 
     def _begin(self, message: IncomingMessage) -> None:
         if not message.begun:

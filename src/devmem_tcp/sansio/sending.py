@@ -79,8 +79,8 @@ class SenderSession(Session):
         self._finished = 0
         self._closing = False
         self._series: _Series | None = None
-        self._series_ended_at = -1
         self._declined_ahead: tuple[int, str] | None = None  # the next message of the series, and why
+        self._series_ends: set[int] = set()  # ids that a SeriesEnd named which the receiver has not read
         self._requests_taken = 0
         self._unanswered: set[int] = set()
 
@@ -189,8 +189,8 @@ class SenderSession(Session):
         if self._series is not None and self.ending is None:
             lanes = self._outgoing.lanes_of(self._series.stripes)
             self._series = self._declined_ahead = None
-            self._series_ended_at = self.announced
             self._outgoing.rest(self.announced, lanes)
+            self._series_ends.add(self.announced)
             self._send(SeriesEnd(self.announced))
 
     def answer(self, number: int, body: bytes, *, last: bool = True) -> None:
@@ -290,17 +290,20 @@ class SenderSession(Session):
                 self._events.append(CreditGranted())
             case CancelTaken():
                 self._outgoing.cancel_taken(frame.message_id)
+                self._series_ends.discard(frame.message_id)
             case Decline():
                 self._take_decline(frame)
             case Request():
                 self._take_request(frame)
 
     def _take_decline(self, frame: Decline) -> None:
+        if frame.message_id in self._series_ends:
+            return  # said of the message that never came, not of the one that has its id now
         if frame.message_id < self.announced:
             self._take_back(frame.message_id, frame.words)
         elif frame.message_id == self.announced and self._series is not None:
             self._declined_ahead = (frame.message_id, frame.words)
-        elif frame.message_id != self._series_ended_at:  # there, it was the next one when the receiver wrote this
+        else:
             raise RemoteProtocolError(f"message {frame.message_id} was declined, and never announced")
 
     def _take_back(self, message_id: int, words: str) -> None:

@@ -271,9 +271,9 @@ class Session(ABC):
     # The driver's side: bytes and time in, events and bytes out.
 
     def receive_control(self, data: bytes | bytearray | memoryview, now: float) -> None:
-        """Take bytes from the control connection."""
+        """Take bytes from the control connection; once CLOSED or FAILED, drop them."""
         self._now = now
-        if data:
+        if data and self.state not in (SessionState.CLOSED, SessionState.FAILED):
             self._alive(now)
             self._decoder.feed(data)
 
@@ -319,6 +319,11 @@ class Session(ABC):
         if self._control_ended:
             self._lose(Happening.CONTROL_END, "the peer ended the control connection without a goodbye")
         return None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether ``next_event`` or ``data_to_send`` has something that was not asked for yet, frames aside."""
+        return bool(self._events or self._outgoing_bytes) or self.ending is not None
 
     def deadline(self) -> float | None:
         """Return when to call ``tick``; None: never."""

@@ -1,0 +1,82 @@
+"""The bound RX Buffer, and each session's share of it: how much a sender is granted, and where a message can lie."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from devmem_tcp.buffers import Buffer
+from devmem_tcp.contract import Place, RxBinding
+from devmem_tcp.errors import OutOfDeviceMemory
+from devmem_tcp.types import PAGE_SIZE
+
+_MAX_MESSAGES: Final = 1024  # that a session may hold
+_PAGES_A_MESSAGE: Final = 8  # a message for so many pages of a share, at least
+_LEAST_PAGES: Final = 16
+_SPARE_PAGES: Final = 4
+_FRAG_CREDIT: Final = 4  # bytes of pages for one of payload: at an MTU of 1500 a page holds a third of itself
+
+
+class Share:
+    """One session's part of a bound Buffer.
+
+    With placement, messages lie in whole pages: what is granted is the share but for a page a message. Without, payload
+    lies in pages as packets fill them, and a quarter is granted. Either way a part is never set apart, and messages in
+    frags are moved to host memory rather than use that up: else those that are half here could hold all pages, and none
+    of them be finished.
+
+    Args:
+        binding: of the Buffer to the queues that data connections are steered to.
+        size_bytes: of the share.
+        pages: that the NIC has for it, which may be fewer than fit.
+        placement: whether the backend places payload (``Capabilities.placement``).
+
+    Raises:
+        OutOfDeviceMemory: it is too small to receive anything.
+    """
+
+    def __init__(self, binding: RxBinding, size_bytes: int, pages: int, *, placement: bool) -> None:
+        pages = min(pages, size_bytes // PAGE_SIZE)
+        if pages < _LEAST_PAGES:
+            raise OutOfDeviceMemory(
+                f"a share of {size_bytes} bytes for each peer is too small",
+                wanted=_LEAST_PAGES * PAGE_SIZE,
+                free=size_bytes,
+                hint="open the receiver with a larger size=, or fewer max_peers=",
+            )
+        self.buffer: Final[Buffer] = binding.buffer
+        self.credit_messages: Final = min(_MAX_MESSAGES, pages // _PAGES_A_MESSAGE)
+        self._page_limit = pages - max(_SPARE_PAGES, pages // 8) if placement else pages // 2
+        rest = self._page_limit - self.credit_messages if placement else pages
+        self.credit_bytes: Final = (rest if placement else max(1, rest // _FRAG_CREDIT)) * PAGE_SIZE
+        self._binding = binding
+        self._placement = placement
+        self._pages_held = 0
+
+    def reserve(self, nbytes: int) -> Place | None:
+        """Return a place for a message, on whichever queue has room; None: there is none now."""
+        room = self._page_limit - self._pages_held
+        if self._placement and nbytes <= room * PAGE_SIZE and not self._binding.closed:
+            for queue in self._binding.queues:
+                place = self._binding.reserve(queue, nbytes)
+                if place is not None:
+                    return place
+        return None
+
+    def hold_pages(self, pages: int) -> bool:
+        """Count pages that messages hold, or no longer do; False: it is more than there should be."""
+        self._pages_held += pages
+        return self._pages_held <= self._page_limit
+
+
+def host_memory(nbytes: int) -> memoryview:
+    """Return ``nbytes`` of host memory, format B, for what does not fit the bound Buffer.
+
+    Raises:
+        OutOfDeviceMemory: there is not so much.
+    """
+    try:
+        return np.empty(nbytes, np.uint8).data
+    except MemoryError:
+        raise OutOfDeviceMemory(f"no {nbytes} bytes of host memory for a message", wanted=nbytes, free=0) from None

@@ -1,0 +1,274 @@
+"""Where the bytes of one message come to lie: in one place, in frags, or in memory of the caller's.
+
+A landing takes bytes from lanes in any order of pieces, and knows which part of the message each frag is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, Final
+
+import numpy as np
+
+from devmem_tcp.buffers import Buffer, CpuAccess
+from devmem_tcp.contract import DevmemSocket, Place
+from devmem_tcp.gather import gather
+from devmem_tcp.transport.inbox import Share, host_memory
+from devmem_tcp.types import PAGE_SIZE, FragBatch, FragKind, U8Array
+
+_INLINE_KINDS: Final = (FragKind.LINEAR.value, FragKind.HOST.value)
+
+
+class PathBytes:
+    """Which path the bytes of one message took: ``dmabuf`` to device memory, ``linear`` and ``host`` to the host's.
+
+    ``copied`` of them were copied by the CPU since, to make them contiguous or to free pages.
+    """
+
+    __slots__ = ("copied", "dmabuf", "host", "linear")
+
+    def __init__(self) -> None:
+        self.dmabuf = self.linear = self.host = self.copied = 0
+
+    @property
+    def received(self) -> int:
+        """Bytes that have come, by all paths."""
+        return self.dmabuf + self.linear + self.host
+
+    def count(self, batch: FragBatch) -> None:
+        """Count what a batch holds."""
+        if not len(batch.inline):
+            self.dmabuf += batch.nbytes
+            return
+        for kind, size in zip(batch.kinds.tolist(), batch.sizes.tolist(), strict=True):
+            if kind == FragKind.DMABUF:
+                self.dmabuf += size
+            elif kind == FragKind.LINEAR:
+                self.linear += size
+            else:
+                self.host += size
+
+    def __repr__(self) -> str:
+        return f"<PathBytes dmabuf={self.dmabuf} linear={self.linear} host={self.host} copied={self.copied}>"
+
+
+class Landing(ABC):
+    """Where one message lands. ``path`` says how its bytes came."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes: Final = nbytes
+        self.path = PathBytes()
+
+    @abstractmethod
+    def receive(self, sock: DevmemSocket, offset: int, size: int) -> int:
+        """Receive up to ``size`` bytes, which are the message's from ``offset`` on; 0: the lane has ended.
+
+        Raises:
+            BlockingIOError: nothing is there.
+            NotZeroCopy: ordinary data on a strict socket.
+        """
+
+    @abstractmethod
+    def contiguous(self) -> memoryview | None:
+        """Return the message where it lies, if that is in one run: format B, shape (nbytes,)."""
+
+    @abstractmethod
+    def pieces(self) -> Iterator[memoryview]:
+        """Yield the message where it lies, run by run, in order."""
+
+    def copy_to(self, target: memoryview) -> None:
+        """Copy the message to ``target``, format B, shape (nbytes,)."""
+        at = 0
+        for piece in self.pieces():
+            target[at : at + len(piece)] = piece
+            at += len(piece)
+        self.path.copied += at
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the memory back. Idempotent."""
+
+
+class PlacedLanding(Landing):
+    """In one place of the bound Buffer, set apart beforehand."""
+
+    def __init__(self, nbytes: int, place: Place, share: Share) -> None:
+        super().__init__(nbytes)
+        self._place = place
+        self._share = share
+        self._pages = -(-nbytes // PAGE_SIZE)
+        self._view = place.view()
+        share.hold_pages(self._pages)
+
+    def receive(self, sock: DevmemSocket, offset: int, size: int) -> int:
+        if sock.lands_in is self._place.binding:
+            taken = sock.recv_placed(self._place, offset, size)
+            self.path.dmabuf += taken
+            return taken
+        with sock.recv_frags(size) as batch:  # for once it lands elsewhere
+            self.path.count(batch)
+            self.path.copied += batch.nbytes
+            window = np.frombuffer(self._view, np.uint8)[offset : offset + batch.nbytes]
+            copy_batch(batch, self._share.buffer, window)
+            return batch.nbytes
+
+    def contiguous(self) -> memoryview | None:
+        return self._view
+
+    def pieces(self) -> Iterator[memoryview]:
+        yield self._view
+
+    def close(self) -> None:
+        self._view = memoryview(b"")
+        pages, self._pages = self._pages, 0
+        self._share.hold_pages(-pages)
+        self._place.close()
+
+
+class FragLanding(Landing):
+    """In frags of the bound Buffer, as they came; moved to host memory if its share of that is used up meanwhile."""
+
+    def __init__(self, nbytes: int, share: Share) -> None:
+        super().__init__(nbytes)
+        self._share = share
+        self._buffer = share.buffer
+        self._batches: list[tuple[int, FragBatch]] = []  # and where in the message each begins
+        self._pages = 0
+        self._moved: memoryview | None = None
+
+    def receive(self, sock: DevmemSocket, offset: int, size: int) -> int:
+        batch = sock.recv_frags(size)
+        taken = batch.nbytes
+        self.path.count(batch)
+        if self._moved is None:
+            pages = _pages_of(batch)
+            self._batches.append((offset, batch))
+            self._pages += pages
+            if not self._share.hold_pages(pages):
+                self._move()
+        else:
+            self._copy(offset, batch)
+        return taken
+
+    def _move(self) -> None:
+        self._moved = host_memory(self.nbytes)
+        batches, self._batches = self._batches, []
+        self._let_go()
+        for offset, batch in batches:
+            self._copy(offset, batch)
+
+    def _copy(self, offset: int, batch: FragBatch) -> None:
+        assert self._moved is not None
+        window = np.frombuffer(self._moved, np.uint8)[offset : offset + batch.nbytes]
+        self.path.copied += batch.nbytes
+        copy_batch(batch, self._buffer, window)
+        batch.release()
+
+    def _let_go(self) -> None:
+        pages, self._pages = self._pages, 0
+        self._share.hold_pages(-pages)
+
+    def contiguous(self) -> memoryview | None:
+        if self._moved is not None:
+            return self._moved
+        runs = list(self.pieces())
+        return runs[0] if len(runs) == 1 else memoryview(b"") if not runs else None
+
+    def pieces(self) -> Iterator[memoryview]:
+        if self._moved is not None:
+            yield self._moved
+            return
+        view = self._buffer.view()
+        start = end = 0  # of the run in the Buffer that is being put together
+        for offset, size, inline in self._frags():
+            if inline is not None:
+                if end > start:
+                    yield view[start:end]
+                start = end = 0
+                yield inline
+            elif offset == end and end > start:
+                end += size
+            else:
+                if end > start:
+                    yield view[start:end]
+                start, end = offset, offset + size
+        if end > start:
+            yield view[start:end]
+
+    def _frags(self) -> Iterator[tuple[int, int, memoryview | None]]:
+        """Yield offset and size of each frag in order, or the bytes of one that is in host memory."""
+        for _, batch in sorted(self._batches, key=_first):
+            for offset, size, _, _, kind in batch.frags.tolist():
+                inline = batch.inline[offset : offset + size] if kind in _INLINE_KINDS else None
+                yield offset, size, inline
+
+    def copy_to(self, target: memoryview) -> None:
+        if self._moved is not None or not self._batches:
+            super().copy_to(target)
+            return
+        batches = [batch for _, batch in sorted(self._batches, key=_first)]
+        gather(batches, self._buffer, np.frombuffer(target, np.uint8))
+        self.path.copied += self.nbytes
+
+    def close(self) -> None:
+        batches, self._batches = self._batches, []
+        self._moved = None
+        self._let_go()
+        for _, batch in batches:
+            batch.release()
+
+
+class IntoLanding(Landing):
+    """In memory of the caller's: each read is copied there, and its pages go back at once.
+
+    Args:
+        target: writable, format B, shape (nbytes,).
+    """
+
+    def __init__(self, nbytes: int, buffer: Buffer | None, target: memoryview) -> None:
+        super().__init__(nbytes)
+        self._buffer = buffer
+        self._target = target
+        self._bytes: U8Array = np.frombuffer(target, np.uint8)
+
+    def receive(self, sock: DevmemSocket, offset: int, size: int) -> int:
+        with sock.recv_frags(size) as batch:
+            self.path.count(batch)
+            self.path.copied += batch.nbytes
+            copy_batch(batch, self._buffer, self._bytes[offset : offset + batch.nbytes])
+            return batch.nbytes
+
+    def contiguous(self) -> memoryview | None:
+        return self._target
+
+    def pieces(self) -> Iterator[memoryview]:
+        yield self._target
+
+    def close(self) -> None:
+        """Nothing is held but the caller's own."""
+
+
+def copy_batch(batch: FragBatch, buffer: Buffer | None, window: U8Array) -> None:
+    if not batch.nbytes:
+        return
+    if buffer is None:  # a NIC without binding: everything is in host memory
+        window[:] = np.frombuffer(batch.inline, np.uint8)
+    elif len(batch) == 1 and not len(batch.inline):
+        offset = int(batch.offsets[0])
+        with buffer.cpu_access(CpuAccess.READ) as view:
+            window[:] = np.frombuffer(view, np.uint8, batch.nbytes, offset)
+    else:
+        gather(batch, buffer, window)
+
+
+def _pages_of(batch: FragBatch) -> int:
+    """Return how many pages a batch may keep in flight: of each frag, those that it touches."""
+    offsets, sizes = batch.offsets, batch.sizes
+    device = batch.kinds == FragKind.DMABUF
+    touched = (offsets + sizes + (PAGE_SIZE - 1)) // PAGE_SIZE - offsets // PAGE_SIZE
+    return int(touched[device].sum())
+
+
+def _first(item: tuple[int, Any]) -> int:
+    return item[0]

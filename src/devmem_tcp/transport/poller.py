@@ -1,0 +1,50 @@
+"""Waiting for many connections at once: one epoll, with a handler for each fd, and deadlines beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+from devmem_tcp.sys import calls
+
+READABLE: Final = calls.EPOLLIN
+WRITABLE: Final = calls.EPOLLOUT
+
+Handler: TypeAlias = Callable[[], None]
+
+
+class Poller:
+    """An epoll and what to call for each of its fds.
+
+    Its own ``fileno`` is ready when a handler is due, so that an event loop can watch that alone.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = calls.epoll_create()
+        self._handlers: dict[int, tuple[int, Handler]] = {}
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()
+
+    def watch(self, fd: int, events: int, handler: Handler) -> None:
+        """Call ``handler`` whenever ``fd`` is ready for ``events``, from now on; replaces what was watched of it."""
+        known = self._handlers.get(fd)
+        if known is None or known[0] != events:
+            calls.epoll_set(self._epoll, fd, events, known=known is not None)
+        self._handlers[fd] = (events, handler)
+
+    def forget(self, fd: int) -> None:
+        """Watch an fd no more; to be called before it is closed. Unknown ones are ignored."""
+        if self._handlers.pop(fd, None) is not None:
+            calls.epoll_forget(self._epoll, fd)
+
+    def step(self, timeout_s: float | None) -> None:
+        """Wait until something is ready, at most so many seconds (None: without limit), and call its handlers."""
+        for fd, _ in calls.epoll_wait(self._epoll, timeout_s):
+            found = self._handlers.get(fd)
+            if found is not None:  # a handler before it may have closed it
+                found[1]()
+
+    def close(self) -> None:
+        self._handlers.clear()
+        self._epoll.close()

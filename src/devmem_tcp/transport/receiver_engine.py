@@ -1,0 +1,285 @@
+"""A receiver without waiting: peers come in, messages come out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from devmem_tcp.buffers import Allocator, Buffer
+from devmem_tcp.contract import Nic
+from devmem_tcp.endpoints import open_listening, show
+from devmem_tcp.errors import BrokenError, ClosedError, LocalProtocolError
+from devmem_tcp.sansio.frames import Role
+from devmem_tcp.transport.arrangement import Arrangement, listening_addresses
+from devmem_tcp.transport.calling import Calling
+from devmem_tcp.transport.engine import Engine, Timed
+from devmem_tcp.transport.inbox import Share
+from devmem_tcp.transport.landing import Landing
+from devmem_tcp.transport.link import Link
+from devmem_tcp.transport.message import Message
+from devmem_tcp.transport.receiving import Into, ReceiverLink
+from devmem_tcp.transport.reception import Established, Reception
+from devmem_tcp.transport.terms import SessionOptions
+from devmem_tcp.types import Address, SocketStats
+
+_MAX_ANSWER: Final = 64 << 20  # bytes
+
+
+class ReceiverEngine(Engine):
+    """See ``Receiver``; this is all of it that does not wait."""
+
+    def __init__(
+        self,
+        nic: Nic,
+        options: SessionOptions,
+        *,
+        listen: Address | None,
+        to: Address | None,
+        data_port: int | None,
+        queues: Sequence[int] | None,
+        memory: Allocator | None,
+        size_bytes: int,
+        buffer: Buffer | None,
+        max_peers: int,
+        into: Into | None,
+        strict: bool,
+        steer: bool,
+    ) -> None:
+        if (listen is None) == (to is None):
+            raise ValueError("give listen= to wait for senders, or to= to go to one: exactly one of them")
+        if max_peers < 1:
+            raise ValueError(f"max_peers must be at least 1, got {max_peers}")
+        super().__init__()
+        self._nic = nic
+        self._options = options
+        self._into = into
+        self._max_peers = max_peers if to is None else 1
+        self._ready: deque[Message | Exception] = deque()
+        self._links: list[ReceiverLink] = []
+        self._timed_links: set[Link] = set()  # those that have deadlines
+        self._returned: deque[tuple[ReceiverLink, Landing]] = deque()  # memory given back, not yet taken back
+        self._answers: dict[tuple[ReceiverLink, int], bytearray | bytes] = {}
+        self._reception: Reception | None = None
+        self._calling: Calling | None = None
+        self.sessions = 0  #: how many there have been
+        self.refused_links = 0
+        self._arrangement = Arrangement(nic, memory, size_bytes, buffer)
+        try:
+            self._binding = self._arrangement.bind_rx(queues, steer=steer)
+            self._placement = nic.capabilities.placement
+            self._backend = nic.capabilities.backend
+            self._new_share()  # the smallest there will be: an error belongs here
+            if listen is not None:
+                self._listen(nic, listen, data_port, strict=strict, steer=steer)
+            elif to is not None:
+                self._calling = Calling(
+                    nic,
+                    to,
+                    self.poller,
+                    options,
+                    role=Role.RECEIVER,
+                    before_lanes=self._steer_from if steer else lambda address: None,
+                    on_session=self._begin,
+                    strict=strict,
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def _listen(self, nic: Nic, listen: Address, data_port: int | None, *, strict: bool, steer: bool) -> None:
+        control_address, data_address = listening_addresses(listen, data_port)
+        data = self._arrangement.held.enter_context(nic.listen(data_address, strict=strict))
+        if steer:
+            self._arrangement.steer_to(data.address[1], self._binding.queues[0])
+        self._reception = Reception(
+            open_listening(control_address, 128),
+            data,
+            self.poller,
+            self._options,
+            role=Role.RECEIVER,
+            backend=self._backend,
+            buffer=self._binding.buffer,
+            on_session=self._begin,
+            may_enter=self._may_enter,
+        )
+
+    def _steer_from(self, peer: Address) -> None:
+        self._arrangement.steer_from(peer, self._binding.queues[0])
+
+    def _may_enter(self) -> str:
+        waiting = self._reception.waiting if self._reception is not None else 0
+        if len(self._links) + waiting > self._max_peers:
+            return f"this receiver takes {self._max_peers} senders at a time (max_peers)"
+        return ""
+
+    def _new_share(self) -> Share:
+        size = self._binding.buffer.size_bytes // self._max_peers
+        pages = sum(self._nic.queue_stats(queue).pages_total for queue in self._binding.queues) // self._max_peers
+        return Share(self._binding, size, pages, placement=self._placement)
+
+    def _begin(self, made: Established) -> None:
+        self.sessions += 1
+        link = ReceiverLink(
+            made.agreed,
+            made.control,
+            made.rest,
+            made.lanes,
+            self.poller,
+            self._ended,
+            self._timed_links.add,
+            backend=self._backend,
+            share=self._new_share(),
+            keep_alive=self._options.keep_alive,
+            deliver=self._ready.append,
+            into=self._into,
+            on_answer=self._take_answer,
+            engine=self,
+        )
+        if not link.ended:
+            self._links.append(link)
+
+    def _ended(self, link: Link) -> None:
+        if link in self._links:
+            self._links.remove(link)
+        self._timed_links.discard(link)
+        if link.error is not None and not self.closed:
+            link.error.add_note(f"the session with the sender at {show(link.peer)}")
+            self._ready.append(link.error)
+
+    # --- what the drivers ask ---
+
+    @property
+    def address(self) -> Address | None:
+        """Where senders come."""
+        return self._reception.address if self._reception is not None else None
+
+    @property
+    def links(self) -> tuple[ReceiverLink, ...]:
+        """The sessions under way."""
+        return tuple(self._links)
+
+    @property
+    def reception(self) -> Reception | None:
+        return self._reception
+
+    def take(self) -> Message | None:
+        """Return the next message; None: it has not come.
+
+        Raises:
+            DevmemError, ConnectionError: why a session failed, once; those with other senders go on.
+            ClosedError: the receiver is closed.
+        """
+        if self.closed:
+            raise ClosedError("this receiver is closed")
+        if self._calling is not None:
+            self._calling.check()
+        if not self._ready:
+            return None
+        first = self._ready.popleft()
+        if isinstance(first, Exception):
+            raise first
+        return first
+
+    @property
+    def over(self) -> bool:
+        """Whether there was a session, and none is under way nor anything left of it."""
+        return self.sessions > 0 and not self._links and not self._ready and not self._arriving
+
+    @property
+    def _arriving(self) -> bool:
+        return self._reception is not None and self._reception.waiting > 0
+
+    def connected(self) -> ReceiverLink | None:
+        """Return the session with a sender that was gone to; None: not yet."""
+        if self._calling is not None:
+            self._calling.check()
+        return self._links[0] if self._links else None
+
+    def request(self, body: bytes) -> Callable[[], bytes | None]:
+        """Ask the sender that was gone to for something; returns what answers with the whole answer once it is here.
+
+        Raises:
+            LocalProtocolError: there is no session, or more than one.
+        """
+        if len(self._links) != 1:
+            raise LocalProtocolError(f"a request goes to one sender, and {len(self._links)} are connected")
+        (link,) = self._links
+        key = (link, link.request(body))
+        self._answers[key] = bytearray()
+
+        def answer() -> bytes | None:
+            if link.ended:
+                raise link.error or BrokenError("the sender left without an answer")
+            found = self._answers.get(key)
+            return self._answers.pop(key) if isinstance(found, bytes) else None  # type: ignore[return-value]
+
+        return answer
+
+    def _take_answer(self, link: ReceiverLink, number: int, body: bytes, last: bool) -> None:
+        found = self._answers.get((link, number))
+        if not isinstance(found, bytearray):
+            return
+        found += body
+        if len(found) > _MAX_ANSWER:
+            raise BrokenError(f"an answer of over {_MAX_ANSWER} bytes")
+        if last:
+            self._answers[link, number] = bytes(found)
+
+    def stats(self) -> list[SocketStats]:
+        """Return the counters of every data connection of the sessions under way."""
+        return [sock.stats for link in self._links for sock in link.lanes]
+
+    # --- Engine ---
+
+    def _timed(self) -> Iterable[Timed]:
+        yield from self._timed_links
+        if self._reception is not None:
+            yield self._reception
+        if self._calling is not None:
+            yield self._calling
+
+    def give_back(self, link: ReceiverLink, landing: Landing) -> None:
+        """Take back the memory of a message, with the next step. From any thread, and in the middle of anything."""
+        self._returned.append((link, landing))
+        if self.closed:
+            self._settle()
+        else:
+            self.wake()
+
+    def settle(self, link: ReceiverLink, landing: Landing) -> None:
+        """Take back the memory of a message now, if this thread drives the engine."""
+        if self.drives:
+            link.take_back(landing)
+        else:
+            self.give_back(link, landing)
+
+    def _settle(self) -> None:
+        while self._returned:
+            link, landing = self._returned.popleft()
+            link.take_back(landing)
+
+    def leave(self) -> None:
+        """Take no new senders, and ask those there are to end after what they have announced."""
+        if self._reception is not None:
+            self._reception.close()
+        for link in list(self._links):
+            link.leave()
+
+    def close(self) -> None:
+        """End everything at once; messages that were taken out stay readable until they are released. Idempotent."""
+        if self.closed:
+            return
+        for message in self._ready:
+            if isinstance(message, Message):
+                message.release()
+        self._ready.clear()
+        if self._calling is not None:
+            self._calling.close()
+        if self._reception is not None:
+            self._reception.close()
+        for link in list(self._links):
+            link.abort("the receiver was closed")
+        super().close()
+        self._settle()
+        self._arrangement.close()

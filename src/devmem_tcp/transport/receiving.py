@@ -1,0 +1,252 @@
+"""The receiver's end of one session: reads lanes into landings, and makes messages of what is complete."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
+
+from devmem_tcp.contract import DevmemSocket
+from devmem_tcp.errors import DevmemError, NotZeroCopy, RemoteProtocolError
+from devmem_tcp.sansio.handshake import Agreed
+from devmem_tcp.sansio.receiving import ReceiverSession
+from devmem_tcp.sansio.session import (
+    Answered,
+    Event,
+    KeepAlive,
+    MessageAnnounced,
+    MessageCancelled,
+    MessageReceived,
+    SeriesEnded,
+)
+from devmem_tcp.transport.checksums import checksum_of
+from devmem_tcp.transport.control import ControlConnection
+from devmem_tcp.transport.inbox import Share, host_memory
+from devmem_tcp.transport.landing import FragLanding, IntoLanding, Landing, PlacedLanding
+from devmem_tcp.transport.link import Link
+from devmem_tcp.transport.message import Header, Message, writable_bytes
+from devmem_tcp.transport.poller import READABLE, Poller
+
+_BYTES_A_TURN: Final = 4 << 20
+_BYTES_A_PIECE: Final = 64 << 10  # what a read costs besides its bytes, as bytes
+
+Into = Callable[[Header], Any]
+"""Asked of each message before its bytes come: where to copy them (a writable array), or None: leave them where they
+land."""
+
+
+class Keeper(Protocol):
+    """Takes memory back."""
+
+    def give_back(self, link: ReceiverLink, landing: Landing) -> None:
+        """From any thread, in the middle of anything."""
+
+    def settle(self, link: ReceiverLink, landing: Landing) -> None:
+        """From any thread, as a call of the program's."""
+
+
+class ReceiverLink(Link):
+    """See ``Link``.
+
+    Args:
+        share: this session's part of the bound Buffer.
+        deliver: takes each message that is complete, in order.
+        into: see Into.
+        on_answer: takes the pieces of answers to requests.
+        engine: takes back the memory of messages, from whatever thread.
+    """
+
+    _session: ReceiverSession
+
+    def __init__(
+        self,
+        agreed: Agreed,
+        control: ControlConnection,
+        rest: bytes,
+        lanes: Sequence[DevmemSocket],
+        poller: Poller,
+        on_end: Callable[[Link], None],
+        on_timed: Callable[[Link], None],
+        *,
+        backend: str,
+        share: Share,
+        keep_alive: KeepAlive | None,
+        deliver: Callable[[Message], None],
+        into: Into | None,
+        on_answer: Callable[[ReceiverLink, int, bytes, bool], None],
+        engine: Keeper,
+    ) -> None:
+        session = ReceiverSession(
+            limits=agreed.limits,
+            now=time.monotonic(),
+            pool_bytes=share.credit_bytes,
+            pool_messages=share.credit_messages,
+            keep_alive=keep_alive,
+            checksums=agreed.checksums,
+        )
+        super().__init__(session, agreed, control, rest, lanes, poller, on_end, on_timed)
+        self.backend: Final = backend
+        self._share = share
+        self._deliver = deliver
+        self._into = into
+        self._on_answer = on_answer
+        self.engine: Final = engine
+        self._headers: dict[int, MessageAnnounced] = {}  # of messages on their way
+        self._landings: dict[int, Landing] = {}  # of those that have begun to come
+        self._watching = [False] * len(lanes)
+        for sock in lanes:
+            sock.settimeout(0)
+        self.pump()
+        self._watch_lanes()
+
+    # --- bytes ---
+
+    def pull(self, lane: int) -> None:
+        """Read what a lane has, but no more than its turn."""
+        taken = _BYTES_A_TURN
+        while taken > 0 and not self.ended:
+            piece_bytes = self._pull_piece(lane)
+            if not piece_bytes:
+                return
+            taken -= piece_bytes + _BYTES_A_PIECE
+
+    def _pull_piece(self, lane: int) -> int:
+        """Read a lane's next piece, as far as it has come; answers how many bytes."""
+        piece = self._session.expected(lane)
+        if piece is None:
+            self._watch(lane, False)
+            return 0
+        sock = self.lanes[lane]
+        landing = self._landing_of(piece.message_id) if piece.wanted else None
+        try:
+            taken = sock.discard(piece.size) if landing is None else landing.receive(sock, piece.offset, piece.size)
+        except BlockingIOError:
+            return 0
+        except NotZeroCopy as error:
+            self.fail(error)
+            return 0
+        except ConnectionError:
+            taken = 0
+        if not taken:
+            self._watch(lane, False)
+            self.lane_lost(lane)
+            return 0
+        wanted = self._session.received(lane, taken, time.monotonic())
+        if isinstance(landing, IntoLanding) and wanted:
+            self._session.release(taken)
+        if self._session.has_news:
+            self.pump()
+        return taken
+
+    def _landing_of(self, message_id: int) -> Landing | None:
+        """Return where a message lands; None: it is declined, since there is no memory for it."""
+        landing = self._landings.get(message_id)
+        if landing is None:
+            announced = self._headers[message_id]
+            try:
+                landing = self._choose(announced)
+            except (DevmemError, MemoryError, ValueError) as error:
+                del self._headers[message_id]
+                self._session.decline(message_id, str(error) or "out of memory")
+                return None
+            self._landings[message_id] = landing
+        return landing
+
+    def _choose(self, announced: MessageAnnounced) -> Landing:
+        nbytes = announced.header.nbytes
+        if self._into is not None:
+            target = self._into(Header(announced.message_id, announced.header, self.peer))
+            if target is not None:
+                return IntoLanding(nbytes, self._share.buffer, writable_bytes(target, nbytes))
+        if nbytes > self._share.credit_bytes:
+            return IntoLanding(nbytes, self._share.buffer, host_memory(nbytes))
+        place = self._share.reserve(nbytes)
+        if place is not None:
+            return PlacedLanding(nbytes, place, self._share)
+        return FragLanding(nbytes, self._share)
+
+    def _watch_lanes(self) -> None:
+        """Watch those lanes that something is expected from."""
+        if not self.ended:
+            for lane in range(len(self.lanes)):
+                self._watch(lane, self._session.expected(lane) is not None)
+
+    def _watch(self, lane: int, wanted: bool) -> None:
+        if wanted is not self._watching[lane]:
+            self._watching[lane] = wanted
+            fd = self.lanes[lane].fileno()
+            if wanted:
+                self._poller.watch(fd, READABLE, lambda: self.pull(lane))
+            else:
+                self._poller.forget(fd)
+
+    # --- events ---
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case MessageAnnounced():
+                self._headers[event.message_id] = event
+                if not event.header.nbytes:
+                    self._landings[event.message_id] = IntoLanding(0, None, memoryview(bytearray()))
+            case MessageReceived():
+                self._complete(event)
+            case MessageCancelled():
+                self._headers.pop(event.message_id, None)
+                self._drop(event.message_id)
+            case SeriesEnded():
+                self._headers.pop(event.message_id, None)
+                self._drop(event.message_id)
+            case Answered():
+                self._on_answer(self, event.number, event.body, event.last)
+
+    def _complete(self, event: MessageReceived) -> None:
+        header = self._headers.pop(event.message_id).header
+        landing = self._landings.pop(event.message_id)
+        if event.checksum:
+            found = checksum_of(header.checksum_kind, landing.pieces())
+            if found != event.checksum:
+                landing.close()
+                raise RemoteProtocolError(
+                    f"message {event.message_id} ({header.name!r}) was damaged on its way: its "
+                    f"{header.checksum_kind.value} is {found.hex()}, the sender's {event.checksum.hex()}"
+                )
+            self._session.verified(event.message_id)
+        self._deliver(Message(self, event.message_id, header, landing))
+
+    def _drop(self, message_id: int) -> None:
+        """Give back what was received of a message that does not come."""
+        landing = self._landings.pop(message_id, None)
+        if landing is not None:
+            self._give_back(landing, messages=0)
+
+    def pump(self) -> None:
+        super().pump()
+        self._watch_lanes()
+
+    def _close_lanes(self) -> None:
+        for lane in range(len(self.lanes)):
+            self._watch(lane, False)
+        while self._landings:
+            self._landings.popitem()[1].close()
+        super()._close_lanes()
+
+    # --- what is given back ---
+
+    def take_back(self, landing: Landing) -> None:
+        """Return the memory of a message to the NIC, and grant it to the sender anew."""
+        self._give_back(landing, messages=1)
+        if not self.ended:
+            self.flush()
+
+    def _give_back(self, landing: Landing, messages: int) -> None:
+        received = 0 if isinstance(landing, IntoLanding) else landing.path.received
+        landing.close()
+        self._session.release(received, messages)
+
+    # --- requests ---
+
+    def request(self, body: bytes) -> int:
+        """Ask the sender for something; returns the number that its answer has."""
+        number = self._session.request(body)
+        self.flush()
+        return number

@@ -1,0 +1,280 @@
+"""The end that listens: control connections and data connections come in any order, and are tied to sessions.
+
+Nothing that a stranger sends costs more than one connection for a few seconds: how many may wait is limited, and how
+long; what a data connection says is proved before a byte of a message is read from it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from devmem_tcp.buffers import Buffer
+from devmem_tcp.contract import DevmemSocket, Listener
+from devmem_tcp.endpoints import is_loopback, plain
+from devmem_tcp.errors import BrokenError, DevmemError, NotZeroCopy, RemoteProtocolError
+from devmem_tcp.sansio.frames import NONCE_BYTES, Role
+from devmem_tcp.sansio.handshake import PREAMBLE_BYTES, SECRET_BYTES, Acceptor, Agreed, read_preamble
+from devmem_tcp.sys import calls
+from devmem_tcp.transport.control import ControlConnection, TlsEnd
+from devmem_tcp.transport.landing import copy_batch
+from devmem_tcp.transport.poller import READABLE, Poller
+from devmem_tcp.transport.terms import SessionOptions
+from devmem_tcp.types import Address
+
+MAX_WAITING: Final = 128  # connections of either kind that have not shown yet who they are
+_ACCEPTS_A_TURN: Final = 16
+
+
+class Established(NamedTuple):
+    """A session that both ends agreed on, and its connections; ``rest`` is what came behind the handshake."""
+
+    agreed: Agreed
+    control: ControlConnection
+    rest: bytes
+    lanes: Sequence[DevmemSocket]
+
+
+class _Caller:
+    """A control connection whose handshake is under way."""
+
+    def __init__(self, control: ControlConnection, acceptor: Acceptor) -> None:
+        self.control = control
+        self.acceptor = acceptor
+        self.lanes: dict[int, DevmemSocket] = {}
+
+    def close(self) -> None:
+        self.control.send(self.acceptor.data_to_send())
+        self.control.close()
+        for sock in self.lanes.values():
+            sock.close()
+
+
+class _Stranger:
+    """A data connection that has not said yet whose it is."""
+
+    def __init__(self, sock: DevmemSocket, deadline: float) -> None:
+        self.sock = sock
+        self.deadline = deadline
+        self.preamble = bytearray()
+
+
+class Reception:
+    """Takes in peers.
+
+    Args:
+        control: a listening socket, not blocking; the reception's from here on.
+        data: where data connections come; the same.
+        buffer: what they land in, if they are steered to a binding.
+        role: of this end.
+        on_session: takes each session that is agreed on.
+        may_enter: says why there is no room for another session now, or nothing.
+    """
+
+    def __init__(
+        self,
+        control: calls.Socket,
+        data: Listener,
+        poller: Poller,
+        options: SessionOptions,
+        *,
+        role: Role,
+        backend: str,
+        buffer: Buffer | None,
+        on_session: Callable[[Established], None],
+        may_enter: Callable[[], str],
+    ) -> None:
+        self.address: Final[Address] = plain(calls.local_address(control))
+        self._control = control
+        self._data = data
+        self._poller = poller
+        self._options = options
+        self._role = role
+        self._backend = backend
+        self._buffer = buffer
+        self._on_session = on_session
+        self._may_enter = may_enter
+        self._callers: dict[bytes, _Caller] = {}  # by session id
+        self._strangers: dict[int, _Stranger] = {}  # by fd
+        self._closed = False
+        self.refused = 0  #: connections that were turned away, for whatever reason
+        self.last_refusal = ""
+        data.settimeout(0)
+        poller.watch(control.fileno(), READABLE, self._accept_control)
+        poller.watch(data.fileno(), READABLE, self._accept_data)
+
+    @property
+    def waiting(self) -> int:
+        """How many sessions are being agreed on."""
+        return len(self._callers)
+
+    # --- control connections ---
+
+    def _accept_control(self) -> None:
+        for _ in range(_ACCEPTS_A_TURN):
+            try:
+                sock = calls.accept(self._control)
+            except (BlockingIOError, ConnectionError):
+                return
+            if len(self._callers) >= MAX_WAITING:
+                calls.close_socket(sock)
+                self._note_refusal(f"{MAX_WAITING} peers are shaking hands already")
+                continue
+            try:
+                self._take_caller(sock)
+            except OSError as error:  # gone before it said anything
+                calls.close_socket(sock)
+                self._note_refusal(str(error))
+
+    def _take_caller(self, sock: calls.Socket) -> None:
+        calls.set_timeout(sock, 0)
+        options = self._options
+        tls = TlsEnd(options.tls, server=True, hostname=None) if options.tls is not None else None
+        control = ControlConnection(sock, self._poller, lambda: None, tls)
+        acceptor = Acceptor(
+            options.terms(self._role, self._backend, peer_is_local=is_loopback(control.remote_socket_address)),
+            nonce=secrets.token_bytes(NONCE_BYTES),
+            secret=secrets.token_bytes(SECRET_BYTES),
+            now=time.monotonic(),
+            data_port=self._data.address[1],
+            timeout_s=options.handshake_timeout_s,
+        )
+        caller = self._callers[acceptor.session_id] = _Caller(control, acceptor)
+        control.on_ready = partial(self._hear, caller)
+        reason = self._may_enter()
+        if reason:
+            acceptor.refuse("full", reason)
+        self._advance(caller)
+
+    def _hear(self, caller: _Caller) -> None:
+        try:
+            while (data := caller.control.receive()) is not None:
+                if not data:
+                    caller.acceptor.control_ended()
+                    break
+                caller.acceptor.receive_data(data)
+        except BrokenError as error:
+            self._drop(caller, str(error))
+            return
+        self._advance(caller)
+
+    def _advance(self, caller: _Caller) -> None:
+        acceptor = caller.acceptor
+        try:
+            agreed = acceptor.next_event()
+            caller.control.send(acceptor.data_to_send())
+        except (DevmemError, ConnectionError) as error:
+            self._drop(caller, str(error))
+            return
+        if agreed is not None:
+            del self._callers[acceptor.session_id]
+            lanes = [caller.lanes[lane] for lane in range(len(caller.lanes))]
+            self._on_session(Established(agreed, caller.control, acceptor.take_rest(), lanes))
+
+    def _drop(self, caller: _Caller, why: str) -> None:
+        self._note_refusal(why)
+        self._callers.pop(caller.acceptor.session_id, None)
+        caller.close()
+
+    def _note_refusal(self, why: str) -> None:
+        self.refused += 1
+        self.last_refusal = why
+
+    # --- data connections ---
+
+    def _accept_data(self) -> None:
+        for _ in range(_ACCEPTS_A_TURN):
+            try:
+                sock = self._data.accept()
+            except (BlockingIOError, ConnectionError):
+                return
+            except NotZeroCopy as error:
+                self._note_refusal(str(error))
+                continue
+            if len(self._strangers) >= MAX_WAITING:
+                sock.close()
+                self._note_refusal(f"{MAX_WAITING} data connections have not said yet whose they are")
+                continue
+            sock.settimeout(0)
+            stranger = _Stranger(sock, time.monotonic() + self._options.handshake_timeout_s)
+            self._strangers[sock.fileno()] = stranger
+            self._poller.watch(sock.fileno(), READABLE, partial(self._read_preamble, stranger))
+            self._read_preamble(stranger)
+
+    def _read_preamble(self, stranger: _Stranger) -> None:
+        missing = PREAMBLE_BYTES - len(stranger.preamble)
+        try:
+            with stranger.sock.recv_frags(missing) as batch:
+                piece = np.empty(batch.nbytes, np.uint8)
+                copy_batch(batch, self._buffer, piece)
+        except BlockingIOError:
+            return
+        except (NotZeroCopy, ConnectionError) as error:
+            self._turn_away(stranger, str(error))
+            return
+        stranger.preamble += piece.tobytes()
+        if not len(piece):
+            self._turn_away(stranger, "a data connection ended before it said whose it is")
+        elif len(stranger.preamble) == PREAMBLE_BYTES:
+            self._admit(stranger)
+
+    def _admit(self, stranger: _Stranger) -> None:
+        try:
+            preamble = read_preamble(stranger.preamble)
+            caller = self._callers.get(preamble.session_id)
+            if caller is None:
+                raise RemoteProtocolError("a data connection of no session that is being agreed on")
+            lane = caller.acceptor.admit(preamble)
+        except DevmemError as error:
+            self._turn_away(stranger, str(error))
+            return
+        self._forget(stranger)
+        caller.lanes[lane] = stranger.sock
+        self._advance(caller)
+
+    def _turn_away(self, stranger: _Stranger, why: str) -> None:
+        self._note_refusal(why)
+        self._forget(stranger)
+        stranger.sock.close()
+
+    def _forget(self, stranger: _Stranger) -> None:
+        fd = stranger.sock.fileno()
+        self._poller.forget(fd)
+        del self._strangers[fd]
+
+    # --- time ---
+
+    def deadline(self) -> float | None:
+        """Return when to call ``tick``."""
+        due = [stranger.deadline for stranger in self._strangers.values()]
+        due += [at for caller in self._callers.values() if (at := caller.acceptor.deadline()) is not None]
+        return min(due, default=None)
+
+    def tick(self, now: float) -> None:
+        """Turn away whoever took too long."""
+        for stranger in list(self._strangers.values()):
+            if now >= stranger.deadline:
+                self._turn_away(stranger, "a data connection did not say in time whose it is")
+        for caller in list(self._callers.values()):
+            caller.acceptor.tick(now)
+            self._advance(caller)
+
+    def close(self) -> None:
+        """Listen no more, and drop who is not in yet. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._poller.forget(self._control.fileno())
+        calls.close_socket(self._control)
+        self._poller.forget(self._data.fileno())
+        self._data.close()
+        for stranger in list(self._strangers.values()):
+            self._forget(stranger)
+            stranger.sock.close()
+        while self._callers:
+            self._callers.popitem()[1].close()

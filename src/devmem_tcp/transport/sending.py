@@ -1,0 +1,294 @@
+"""The sender's end of one session: announces messages and gives their bytes to lanes, as far as these take them."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Literal
+
+import msgspec
+
+from devmem_tcp.arrays import ArrayType
+from devmem_tcp.contract import DevmemSocket
+from devmem_tcp.errors import ClosedError, DevmemError, KernelError, OutOfDeviceMemory
+from devmem_tcp.sansio.frames import ChecksumKind
+from devmem_tcp.sansio.handshake import Agreed
+from devmem_tcp.sansio.outgoing import Piece
+from devmem_tcp.sansio.sending import SenderSession
+from devmem_tcp.sansio.session import Event, KeepAlive, MessageDeclined, MessagesFinished, Requested
+from devmem_tcp.sansio.stripes import DEFAULT_PIECE_BYTES
+from devmem_tcp.transport.control import ControlConnection
+from devmem_tcp.transport.delivery import Completions, Delivery, Source
+from devmem_tcp.transport.link import Link
+from devmem_tcp.transport.outbox import Outbox
+from devmem_tcp.transport.poller import READABLE, WRITABLE, Poller
+
+_FULL: Final = (errno.ENOBUFS, errno.ENOMEM)  # what sendmsg says when completions are to be collected first
+
+
+class MessageHeader(msgspec.Struct, frozen=True):
+    """What a receiver is told of a message. ``metadata`` is JSON, or nothing."""
+
+    name: str
+    type: ArrayType
+    shape: tuple[int, ...]
+    nbytes: int
+    order: Literal["C", "F"] = "C"
+    metadata: bytes = b""
+    checksum_kind: ChecksumKind = ChecksumKind.NONE
+    confirm: bool = False
+
+
+class SenderLink(Link):
+    """See ``Link``.
+
+    Args:
+        outbox: the bound TX Buffer that messages go from.
+        on_request: called with the number and the body of what the receiver asks for.
+    """
+
+    _session: SenderSession
+
+    def __init__(
+        self,
+        agreed: Agreed,
+        control: ControlConnection,
+        rest: bytes,
+        lanes: Sequence[DevmemSocket],
+        poller: Poller,
+        on_end: Callable[[Link], None],
+        on_timed: Callable[[Link], None],
+        *,
+        outbox: Outbox,
+        keep_alive: KeepAlive | None,
+        on_request: Callable[[SenderLink, int, bytes], None],
+        piece_bytes: int = DEFAULT_PIECE_BYTES,
+    ) -> None:
+        session = SenderSession(
+            limits=agreed.limits,
+            now=time.monotonic(),
+            keep_alive=keep_alive,
+            checksums=agreed.checksums,
+            piece_bytes=piece_bytes,
+        )
+        super().__init__(session, agreed, control, rest, lanes, poller, on_end, on_timed)
+        self.outbox: Final = outbox
+        self.piece_bytes: Final = piece_bytes
+        self._deliveries: dict[int, Delivery] = {}
+        self._completions = [Completions(sock) for sock in lanes]
+        self._watched: dict[int, int] = {}  # fd: events
+        self._on_request = on_request
+        for sock in lanes:
+            sock.set_zerocopy()
+            sock.settimeout(0)
+        self.pump()
+
+    # --- messages ---
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether the receiver has granted another message."""
+        return not self.ended and self._session.may_announce
+
+    @property
+    def series_left(self) -> int:
+        """How many messages of the series under way have not begun."""
+        return self._session.series_left
+
+    @property
+    def under_way(self) -> int:
+        """How many messages are not known to have arrived."""
+        return len(self._deliveries)
+
+    def begin(self, header: MessageHeader, source: Source, count: int = 1) -> Delivery:
+        """Announce a message, or a series; ``push`` sends it.
+
+        Raises:
+            ValueError, LocalProtocolError: as ``SenderSession.announce``.
+        """
+        self.check_lives()
+        message_id = self._session.announce(
+            name=header.name,
+            dtype=header.type.name,
+            shape=header.shape,
+            nbytes=header.nbytes,
+            order=header.order,
+            checksum_kind=header.checksum_kind,
+            metadata=header.metadata,
+            confirm=header.confirm,
+            count=count,
+        )
+        return self._deliver(message_id, header, source)
+
+    def begin_next(self, header: MessageHeader, source: Source) -> Delivery:
+        """Begin the next message of the series under way."""
+        self.check_lives()
+        return self._deliver(self._session.announce_next(), header, source)
+
+    def end_series(self) -> None:
+        """End the series under way, if there is one."""
+        if not self.ended:
+            self._session.end_series()
+            self.flush()
+
+    def finish(self, delivery: Delivery, checksum: bytes) -> None:
+        """Tell the checksum of a message that was announced with one."""
+        self.check_lives()
+        self._session.finish(delivery.message_id, checksum)
+        self.flush()
+
+    def cancel(self, delivery: Delivery, words: str) -> bool:
+        """Take a message back; False: all of it is on its way already."""
+        if self.ended or not self._session.cancel(delivery.message_id, words):
+            return False
+        delivery.declined = words
+        delivery.source.close()
+        self.flush()
+        return True
+
+    def answer(self, number: int, body: bytes, *, last: bool = True) -> None:
+        """Answer a request of the receiver's."""
+        self.check_lives()
+        self._session.answer(number, body, last=last)
+        self.flush()
+
+    @property
+    def unsent_control_bytes(self) -> int:
+        """Bytes that the control connection has not taken yet: wait before answering more."""
+        return self._control.unsent_bytes
+
+    def check_lives(self) -> None:
+        """Raise what ended this session, if it has ended."""
+        if self.ended:
+            raise self.error or ClosedError("the session has ended: both sides said goodbye")
+
+    def _deliver(self, message_id: int, header: MessageHeader, source: Source) -> Delivery:
+        delivery = Delivery(message_id, header.name, header.nbytes, source)
+        self._deliveries[message_id] = delivery
+        if not header.nbytes:
+            source.close()
+        self.flush()
+        return delivery
+
+    # --- bytes ---
+
+    def push(self) -> None:
+        """Give lanes what they take now, a piece each by turns, and see to it that this goes on when they take more."""
+        moving = not self.ended
+        while moving:
+            moving = False
+            for lane in range(len(self.lanes)):
+                moving |= self._push_lane(lane)
+                if self.ended:
+                    return
+        self.collect()
+        self.pump()
+
+    def _push_lane(self, lane: int) -> bool:
+        """Give a lane its next piece, or a part of it; False: there is none, or it does not take any now."""
+        piece = self._session.next_piece(lane)
+        if piece is None:
+            self._watch(lane, writing=False)
+            return False
+        delivery = self._deliveries[piece.message_id]
+        where = self._locate(delivery, piece)
+        if where is None:
+            self._watch(lane, writing=False)
+            return False
+        window, offset, size = where
+        try:
+            taken = self.lanes[lane].send_frags(self.outbox.binding, (offset,), (size,))
+        except BlockingIOError:
+            self._watch(lane, writing=True)
+            return False
+        except KernelError as error:
+            if error.errno in _FULL and len(self._completions[lane]):
+                self._watch(lane, writing=False)
+                return False
+            self.fail(error)
+            return False
+        except ConnectionError:
+            self.lane_lost(lane)
+            return False
+        self._completions[lane].sent(window, delivery)
+        self._session.sent(lane, taken, time.monotonic())
+        delivery.source.gone(piece.offset, taken)
+        delivery.left -= taken
+        if not delivery.left:
+            delivery.source.close()
+        return True
+
+    def _locate(self, delivery: Delivery, piece: Piece) -> tuple[Any, int, int] | None:
+        where = delivery.source.locate(piece.offset, piece.size)
+        if where is None:
+            self.collect()
+            where = delivery.source.locate(piece.offset, piece.size)
+        if where is None and not any(map(len, self._completions)):
+            size = min(delivery.nbytes, self.piece_bytes)
+            delivery.error = OutOfDeviceMemory(
+                f"no room for {size} bytes in the TX buffer of {self.outbox.buffer.size_bytes}: slots hold it",
+                wanted=size,
+                free=self.outbox.free_bytes,
+                hint="leave slots (with) before sending arrays, or open the sender with a larger size=",
+            )
+            self.cancel(delivery, "the sender is out of device memory")
+        return where
+
+    def collect(self) -> None:
+        """Let go of the windows that the kernel has read."""
+        for completions in self._completions:
+            completions.collect()
+
+    def _watch(self, lane: int, *, writing: bool) -> None:
+        """Have ``push`` called once a lane takes more, or has completions."""
+        sock = self.lanes[lane]
+        if not writing and not len(self._completions[lane]):
+            self._forget(sock.send_fileno())
+            return
+        if writing:
+            self._set(sock.send_fileno(), WRITABLE)
+        else:
+            self._set(sock.fileno(), READABLE)
+
+    def _set(self, fd: int, events: int) -> None:
+        if self._watched.get(fd) != events:
+            self._watched[fd] = events
+            self._poller.watch(fd, events, self.push)
+
+    def _forget(self, fd: int) -> None:
+        if self._watched.pop(fd, None) is not None:
+            self._poller.forget(fd)
+
+    # --- events ---
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case MessagesFinished():
+                for message_id in [known for known in self._deliveries if known < event.messages]:
+                    self._deliveries.pop(message_id).finished = True
+            case MessageDeclined():
+                delivery = self._deliveries.get(event.message_id)
+                if delivery is not None:
+                    delivery.declined = event.words
+                    delivery.source.close()
+            case Requested():
+                self._on_request(self, event.number, event.body)
+
+    def _control_ready(self) -> None:
+        super()._control_ready()
+        if not self.ended:
+            self.push()  # there may be credit now
+
+    def _close_lanes(self) -> None:
+        for fd in list(self._watched):
+            self._forget(fd)
+        super()._close_lanes()
+        for completions in self._completions:
+            completions.abandon()
+        error = self.error
+        for delivery in self._deliveries.values():
+            if not delivery.finished:
+                delivery.error = error or DevmemError("the session ended before this message was delivered")
+            delivery.source.close()
+        self._deliveries.clear()
