@@ -222,8 +222,7 @@ class DevmemSocket(Closing):
 
         Args:
             at: in bytes from the start of the place.
-            all: on a socket without time limit, wait for all ``max_bytes``: fewer only at the end of stream or on a
-                signal. No effect with a time limit.
+            all: wait for all ``max_bytes``: fewer only at the end of stream, on a signal, or when the time limit ends.
 
         Kernel: none; over ordinary TCP, recv(2) with MSG_WAITALL for ``all``.
 

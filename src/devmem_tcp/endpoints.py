@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import struct
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from devmem_tcp.errors import ClosedError, KernelError, LeakWarning, Timeout
 from devmem_tcp.sys import calls
 from devmem_tcp.types import Address, TokenHolder
 
+_TIMEVAL: Final = struct.Struct("<qq")  # struct __kernel_sock_timeval: seconds, microseconds
 _CONGESTION_NAME_BYTES: Final = 16  # TCP_CA_NAME_MAX, include/net/tcp.h
 
 
@@ -152,6 +154,25 @@ def open_connection(
             calls.close_socket(sock)
             raise
     raise AssertionError("getaddrinfo gave no address and no error")
+
+
+class WaitLimits:
+    """How long calls on a socket wait in the kernel. Kernel: SO_RCVTIMEO, SO_SNDTIMEO; set only when they change."""
+
+    __slots__ = ("_set", "_sock")
+
+    def __init__(self, sock: calls.Socket) -> None:
+        self._sock = sock
+        self._set: dict[int, float] = {}
+
+    def set(self, option: int, limit_s: float | None) -> None:
+        """Bound the wait of one direction to so many seconds; None, or 0: no bound."""
+        limit_s = limit_s or 0.0
+        if self._set.get(option, 0.0) != limit_s:
+            seconds, rest = divmod(limit_s, 1)
+            microseconds = max(int(rest * 1e6), 1 if limit_s and not seconds else 0)  # 0 and 0 would be no limit
+            calls.setsockopt(self._sock, calls.SOL_SOCKET, option, _TIMEVAL.pack(int(seconds), microseconds))
+            self._set[option] = limit_s
 
 
 class TcpListener(contract.Listener):

@@ -37,6 +37,7 @@ def hold_every_page(hog: dmt.DevmemSocket, nic: dmt.Nic) -> None:
         hog.recv_frags(4096)
 
 
+@pytest.mark.filterwarnings("ignore::devmem_tcp.errors.StarvationWarning")  # a busy machine: over a second
 @pytest.mark.parametrize("hostile_seed", [None, 1, 2])
 def test_readers_that_starve_are_all_woken_and_finish(hostile_seed: int | None) -> None:
     contents = [random.Random(index).randbytes(SIZE) for index in range(READERS)]

@@ -393,6 +393,20 @@ def test_an_aborted_session_tells_the_peer_why() -> None:
         pair.receiver.next_event()
 
 
+def test_what_comes_behind_the_end_is_not_kept() -> None:
+    pair = Pair()
+    pair.settle()
+    pair.sender.close()
+    pair.settle()
+    pair.receiver.close()
+    failed = new_receiver()
+    failed.abort("enough")
+    for end in (pair.sender, pair.receiver, failed):
+        for _ in range(3):
+            end.receive_control(bytes(1 << 16), 0.0)
+        assert end._decoder.pending_bytes == 0
+
+
 def test_the_error_says_what_was_under_way() -> None:
     end = sender_in(SessionState.OPEN)
     end.control_ended(0.0)

@@ -87,6 +87,64 @@ def test_any_interleaving_of_lanes_gives_the_same_messages(data: st.DataObject) 
     assert {pair.sender.state, pair.receiver.state} == {SessionState.CLOSED}
 
 
+@given(st.data())
+def test_messages_counted_at_once_are_those_counted_piece_by_piece(data: st.DataObject) -> None:
+    """Either end takes the quick way or the long one, message by message; the bytes and the credit come out the same."""
+    count = data.draw(st.integers(2, 12))
+    pair = Pair(1, pool_bytes=data.draw(st.sampled_from((3 * PIECE, 1 << 20))), pool_messages=4)
+    pair.settle()
+    size = data.draw(st.sampled_from((1, PIECE)))
+    pair.announce_series(payload(0, size), count)
+    pair.settle()
+    pair.release(messages=1)
+    for number in range(1, count):
+        pair.settle()
+        if data.draw(st.booleans()):
+            assert pair.sender.series_room() >= 1
+            assert pair.sender.series_sent(0.0) == number
+            pair.payloads.append(payload(number, size))
+            pair.taken.append(bytearray(size))
+            pair.wires[0] += payload(number, size)
+        else:
+            pair.announce_next(payload(number, size))
+            pair.send(0)
+        if data.draw(st.booleans()):
+            assert pair.receiver.series_room() >= 1
+            pair.receiver.series_received(0.0)
+            pair.taken[number][:] = pair.wires[0]
+            pair.wires[0].clear()
+            pair.held += size
+        else:
+            pair.receive(0)
+        pair.release(messages=1)
+    assert [bytes(taken) for taken in pair.taken] == pair.payloads
+    assert pair.sender.series_left == pair.sender.series_room() == pair.receiver.series_room() == 0
+    pair.announce(b"another", confirm=True)
+    pair.settle()
+    assert bytes(pair.taken[count]) == b"another"
+    pair.sender.close()
+    pair.settle()
+    assert {pair.sender.state, pair.receiver.state} == {SessionState.CLOSED}
+
+
+def test_no_message_is_counted_at_once_where_there_is_more_to_see_to() -> None:
+    pair = Pair(2)
+    assert pair.sender.series_room() == pair.receiver.series_room() == 0
+    pair.settle()
+    pair.announce_series(payload(0), 5)  # of several pieces
+    pair.settle()
+    assert pair.sender.series_room() == pair.receiver.series_room() == 0
+    pair.sender.end_series()
+    pair.announce_series(b"small", 5)
+    assert pair.sender.series_room() == 0  # its first message is not sent, and the lane rests
+    pair.settle()
+    assert pair.sender.series_room() == pair.receiver.series_room() == 4
+    pair.receiver.decline(pair.sender.announced, "not that one")
+    assert pair.receiver.series_room() == 0
+    pair.control()
+    assert pair.sender.series_room() == 0
+
+
 def test_what_follows_a_series_that_ends_early_waits_until_the_receiver_knows() -> None:
     pair = Pair(1)
     pair.settle()

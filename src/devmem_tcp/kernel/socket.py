@@ -17,7 +17,7 @@ import numpy as np
 
 from devmem_tcp import contract
 from devmem_tcp.contract import DEFAULT_MAX_BYTES, DEFAULT_MAX_FRAGS
-from devmem_tcp.endpoints import congestion_control, plain, show
+from devmem_tcp.endpoints import WaitLimits, congestion_control, plain, show
 from devmem_tcp.errors import (
     ClosedError,
     ControlTruncated,
@@ -39,7 +39,6 @@ from devmem_tcp.uapi.socket import CONTROL_SPACE_PER_FRAG, SO_INCOMING_NAPI_ID
 BACKEND: Final = "kernel"
 REPORT_AFTER_S: Final = 1.0  # of waiting; a wait is also cut into pieces of this length, to look who holds what
 _PAUSE_S: Final = 0.001
-_TIMEVAL: Final = struct.Struct("<qq")  # struct __kernel_sock_timeval: seconds, microseconds
 _MEMINFO: Final = struct.Struct("<9I")  # SK_MEMINFO_VARS of include/uapi/linux/sock_diag.h
 _MEMINFO_RECEIVED: Final = (0, 7)  # SK_MEMINFO_RMEM_ALLOC, _BACKLOG: bytes of memory in packets that were not read
 
@@ -71,7 +70,7 @@ class KernelSocket(contract.DevmemSocket):
         self._inbound = Inbound(sock, strict=strict)
         self._outbound = Outbound(sock, registry.tx)
         self._timeout_s: float | None = None
-        self._limits: dict[int, float] = {}  # SO_RCVTIMEO and SO_SNDTIMEO as they are set, in seconds
+        self._limits = WaitLimits(sock)
         self._queue = -1
         self._recv_calls = 0
         self._dontneed_calls = 0
@@ -115,7 +114,7 @@ class KernelSocket(contract.DevmemSocket):
         """Make an attempt, which waits in the kernel, and again until it succeeds, within the time limit."""
         limit = self._timeout_s
         if limit != 0:
-            self._limit(calls.SO_RCVTIMEO, REPORT_AFTER_S if limit is None else min(limit, REPORT_AFTER_S))
+            self._limits.set(calls.SO_RCVTIMEO, REPORT_AFTER_S if limit is None else min(limit, REPORT_AFTER_S))
         started = time.monotonic()
         reported = False
         while True:
@@ -133,7 +132,7 @@ class KernelSocket(contract.DevmemSocket):
             if limit is not None:
                 if waited >= limit:
                     raise self._nothing_came(limit)
-                self._limit(calls.SO_RCVTIMEO, min(limit - waited, REPORT_AFTER_S))
+                self._limits.set(calls.SO_RCVTIMEO, min(limit - waited, REPORT_AFTER_S))
         self._registry.look_for_drained()
         return done
 
@@ -211,7 +210,7 @@ class KernelSocket(contract.DevmemSocket):
         left = self._timeout_s
         deadline = None if left is None else time.monotonic() + left
         while taken < wanted and (left is None or left > 0):
-            self._limit(calls.SO_SNDTIMEO, left or 0)
+            self._limits.set(calls.SO_SNDTIMEO, left)
             try:
                 sent = self._outbound.send(*self._outbound.next_part(pieces))
             except (BlockingIOError, InterruptedError):
@@ -235,7 +234,7 @@ class KernelSocket(contract.DevmemSocket):
         self._check_open()
         if self._timeout_s == 0:
             return self._outbound.send_ordinary(data, calls.MSG_DONTWAIT)
-        self._limit(calls.SO_SNDTIMEO, self._timeout_s or 0)
+        self._limits.set(calls.SO_SNDTIMEO, self._timeout_s)
         try:
             return self._outbound.send_ordinary(data, 0)
         except BlockingIOError:
@@ -282,14 +281,6 @@ class KernelSocket(contract.DevmemSocket):
     @staticmethod
     def _left(deadline: float | None) -> float | None:
         return None if deadline is None else deadline - time.monotonic()
-
-    def _limit(self, option: int, limit_s: float) -> None:
-        """Bound how long a call waits in the kernel; 0: not at all. Kernel: SO_RCVTIMEO, SO_SNDTIMEO."""
-        if self._limits.get(option, 0.0) != limit_s:
-            seconds, rest = divmod(limit_s, 1)
-            microseconds = max(int(rest * 1e6), 1 if limit_s and not seconds else 0)  # 0 and 0 would be no limit
-            calls.setsockopt(self._sock, calls.SOL_SOCKET, option, _TIMEVAL.pack(int(seconds), microseconds))
-            self._limits[option] = limit_s
 
     def settimeout(self, timeout_s: float | None) -> None:
         if timeout_s is not None and timeout_s < 0:

@@ -403,7 +403,7 @@ def encode(frame: HandshakeFrame | SessionFrame) -> bytes:
 def check_name(name: str) -> None:
     """Raise ValueError unless a message may have this name."""
     if len(name) > MAX_NAME or not re.match(_NO_CONTROLS, name):
-        raise ValueError(f"a message's name has at most {MAX_NAME} characters, and no control characters: {name[:80]!r}")
+        raise ValueError(f"a name has at most {MAX_NAME} characters, and no control characters: {name[:80]!r}")
 
 
 def encode_announce(frame: Announce) -> bytes:

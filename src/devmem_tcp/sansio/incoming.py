@@ -214,6 +214,43 @@ class Incoming:
         self._credit.bytes_skipped(message.skipped)
         return message
 
+    @property
+    def next_header(self) -> Announce:
+        """What is said of the oldest message that is not finished."""
+        return self._order[0].header
+
+    def series_room(self) -> int:
+        """Return how many messages of the series may come whole, with nothing else before; see ``series_received``."""
+        if len(self._order) != 1 or self._order[0].begun:
+            return 0
+        (message,) = self._order
+        header = message.header
+        if not message.wanted or header.nbytes > header.stripes.piece_bytes:
+            return 0
+        credit = self._credit
+        return min(
+            self._series_end - message.message_id,
+            credit.granted_messages - credit.arrived_messages,
+            (credit.granted_bytes - message.place) // header.nbytes,
+        )
+
+    def series_received(self) -> None:
+        """Count the next message of the series as received whole: as ``received`` and ``take_complete`` would."""
+        (message,) = self._order
+        self._credit.message_arrived()
+        self._credit.bytes_arrived(message.place, message.header.nbytes)
+        del self._by_id[message.message_id]
+        if self._next_id < self._series_end:  # the same object stands for the next one
+            message.message_id += 1
+            message.place += message.header.nbytes
+            self._by_id[message.message_id] = message
+            self._next_id += 1
+            self._next_place += message.header.nbytes
+        else:
+            self._order.clear()
+            for lane in message.progress.lanes:
+                self._lanes[lane].clear()
+
     def _announced(self, message_id: int) -> IncomingMessage:
         """Return a message that is not finished; of a series, what is told of it may come before the bytes of others.
 

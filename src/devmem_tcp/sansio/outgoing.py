@@ -57,6 +57,14 @@ class Outgoing:
             self._lanes[lane].append(message)
             self.backlog[lane] += progress.left(lane)
 
+    def room_for(self, nbytes: int) -> int:
+        """Return how many messages of ``nbytes`` may go one after the other, by credit; 0 if anything else is to go."""
+        return 0 if self._unsent or self._resting else self._credit.room(self._next_place) // nbytes
+
+    def skip(self, nbytes: int) -> None:
+        """Count bytes of messages that were added and sent in one go."""
+        self._next_place += nbytes
+
     def next_piece(self, lane: int) -> Piece | None:
         """Return what is to be sent next on a lane, as far as credit goes; None: nothing now."""
         if not self._lanes[lane] or self._rests(lane):

@@ -90,6 +90,23 @@ class ReceiverSession(Session):
         self._advance()
         return wanted
 
+    def series_room(self) -> int:
+        """Return how many of the series' next messages may be read whole, one after the other, without ``expected``.
+
+        0: none, or not so: none is on its way but of a series, of one piece each, or something is to be told first.
+        """
+        if self.state is not SessionState.OPEN or self._events or self._unverified is not None:
+            return 0
+        return self._incoming.series_room()
+
+    def series_received(self, now: float) -> None:
+        """Note that the next message of the series was read whole, as ``series_room`` allowed; no event tells of it."""
+        confirm = self._incoming.next_header.confirm
+        self._incoming.series_received()
+        self._alive(now)
+        self._count_finished(confirm)
+        self._grant_if_due()
+
     def release(self, nbytes: int, messages: int = 0) -> None:
         """Give back received bytes, whose memory is free again, and messages that are done with.
 

@@ -184,6 +184,37 @@ class SenderSession(Session):
             self._take_back(message_id, declined[1])
         return message_id
 
+    def series_room(self) -> int:
+        """Return how many of the series' next messages may be sent at once, each whole: then call ``series_sent``.
+
+        0: none, or not so: there is no credit, a message has several pieces, or something else is to be sent first.
+        """
+        series = self._series
+        if series is None or self._closing or self._declined_ahead or self.state is not SessionState.OPEN:
+            return 0
+        if series.nbytes > series.stripes.piece_bytes:
+            return 0
+        return min(self.series_left, self._credit.messages_left, self._outgoing.room_for(series.nbytes))
+
+    @property
+    def series_lane(self) -> int:
+        """The lane that messages of one piece, of the series under way, go by."""
+        return self._series.stripes.first_lane if self._series is not None else 0
+
+    def series_sent(self, now: float) -> int:
+        """Note that the next message of the series was sent whole, as ``series_room`` allowed; returns its id.
+
+        The same as ``announce_next``, ``next_piece`` and ``sent``, at a fraction of the cost.
+        """
+        series, message_id = self._series, self.announced
+        assert series is not None
+        self._credit.take_message()
+        self._outgoing.skip(series.nbytes)
+        if self.announced == series.end:
+            self._series = None
+        self._alive(now)
+        return message_id
+
     def end_series(self) -> None:
         """End the series under way, if there is one: what has not begun of it never comes."""
         if self._series is not None and self.ending is None:

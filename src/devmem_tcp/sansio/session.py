@@ -88,6 +88,9 @@ class SessionState(Enum):
     FAILED = auto()
 
 
+_BEFORE_GOODBYE: Final = (SessionState.OPEN, SessionState.LEAVING)  # the peer's
+
+
 class Happening(Enum):
     """What happens to a session, besides frames."""
 
@@ -317,7 +320,10 @@ class Session(ABC):
         if self._events:
             return self._events.popleft()
         if self._control_ended:
-            self._lose(Happening.CONTROL_END, "the peer ended the control connection without a goodbye")
+            early = (
+                "without a goodbye" if self.state in _BEFORE_GOODBYE else "after its goodbye, before all was settled"
+            )
+            self._lose(Happening.CONTROL_END, f"the peer ended the control connection {early}")
         return None
 
     @property

@@ -274,6 +274,7 @@ class SoftwareTxBinding(contract.TxBinding):
         except BaseException:
             buffer.unpin(self._pin)
             raise
+        self._windows: dict[tuple[int, int], memoryview] = {}
 
     @property
     def dmabuf_id(self) -> int:
@@ -288,11 +289,17 @@ class SoftwareTxBinding(contract.TxBinding):
         return self._pin is None
 
     def window(self, offset: int, size: int) -> memoryview:
-        """Return bytes of the Buffer to send."""
-        return self._view[offset : offset + size]
+        """Return bytes of the Buffer to send, from a cache: programs send from the same places again and again."""
+        window = self._windows.get((offset, size))
+        if window is None:
+            if len(self._windows) >= _MAX_WINDOWS:
+                self._windows.clear()
+            window = self._windows[offset, size] = self._view[offset : offset + size]
+        return window
 
     def close(self) -> None:
         if self._pin is not None:
+            self._windows.clear()
             self._view.release()
             self._buffer.unpin(self._pin)
             self._pin = None

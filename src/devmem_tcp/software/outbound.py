@@ -44,6 +44,10 @@ class Outbound:
             ValueError: offsets and sizes differ in length, or one is negative.
             KernelError: as ``DevmemSocket.send_frags`` says.
         """
+        if len(offsets) == len(sizes) == 1 and self.zerocopy:  # the usual case, with nothing to say against it
+            offset, size, binding = offsets[0], sizes[0], self._binding(tx)
+            if offset >= 0 < size and offset + size <= binding.buffer.size_bytes:
+                return [binding.window(offset, size)]
         if len(offsets) != len(sizes):
             raise ValueError(f"{len(offsets)} offsets but {len(sizes)} sizes")
         if len(offsets) and (min(offsets) < 0 or min(sizes) < 0):

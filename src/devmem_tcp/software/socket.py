@@ -14,7 +14,7 @@ from typing import Final, TypeVar, TypeVarTuple
 
 from devmem_tcp import contract
 from devmem_tcp.contract import DEFAULT_MAX_BYTES, DEFAULT_MAX_FRAGS
-from devmem_tcp.endpoints import show
+from devmem_tcp.endpoints import WaitLimits, show
 from devmem_tcp.errors import (
     ClosedError,
     ControlTruncated,
@@ -59,6 +59,7 @@ class SoftwareSocket(contract.DevmemSocket):
         self._on_close = on_close
         self._timeout_s: float | None = None
         self._closed = False
+        self._limits = WaitLimits(sock)
         self._readable = calls.poller(sock.fileno(), calls.POLLIN)
         self._readiness = Readiness(sock)
         self._recv_calls = 0
@@ -90,8 +91,11 @@ class SoftwareSocket(contract.DevmemSocket):
         window = place.start(at, max_bytes)
         try:
             self._recv_calls += 1
-            if self._timeout_s is None:  # no page could be held in vain: it may wait in the system itself
-                taken = calls.recv_into(self._sock, window, calls.MSG_WAITALL if all else 0)
+            if all and self._timeout_s != 0:  # no page could be held in vain: it may wait in the system itself
+                taken = self._recv_all(window)
+            elif self._timeout_s is None:
+                self._limits.set(calls.SO_RCVTIMEO, None)
+                taken = calls.recv_into(self._sock, window)
             else:
                 self._readiness.wants_data()
                 taken = self._wait_readable(self._inbound.receive_placed, window)
@@ -99,6 +103,14 @@ class SoftwareSocket(contract.DevmemSocket):
             place.end()
         self._inbound.placed(queue, taken)
         return taken
+
+    def _recv_all(self, window: memoryview) -> int:
+        self._limits.set(calls.SO_RCVTIMEO, self._timeout_s)
+        self._readiness.wants_data()
+        try:
+            return calls.recv_into(self._sock, window, calls.MSG_WAITALL)
+        except BlockingIOError:
+            raise Timeout(f"nothing arrived from {show(self.remote_address)} in {self._timeout_s} s") from None
 
     def recv_into(self, target: bytearray | memoryview) -> int:
         self._check_open()
@@ -183,8 +195,6 @@ class SoftwareSocket(contract.DevmemSocket):
         try:
             return self._wait_writable(lambda flags: self._outbound.send_windows(windows, flags))
         finally:
-            for window in windows:
-                window.release()
             self._update_readiness()
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
@@ -192,18 +202,13 @@ class SoftwareSocket(contract.DevmemSocket):
         return self._wait_writable(lambda flags: self._outbound.send_ordinary(data, flags))
 
     def _wait_writable(self, attempt: Callable[[int], int]) -> int:
-        if self._timeout_s is None:
+        if self._timeout_s == 0:
+            return attempt(calls.MSG_DONTWAIT)
+        self._limits.set(calls.SO_SNDTIMEO, self._timeout_s)
+        try:
             return attempt(0)
-        deadline = time.monotonic() + self._timeout_s
-        while True:
-            try:
-                return attempt(calls.MSG_DONTWAIT)
-            except BlockingIOError:
-                if self._timeout_s == 0:
-                    raise
-            left = deadline - time.monotonic()
-            if left <= 0 or not calls.wait(calls.poller(self._sock.fileno(), calls.POLLOUT), left):
-                raise Timeout(f"{show(self.remote_address)} took nothing in {self._timeout_s} s: it does not read")
+        except BlockingIOError:
+            raise Timeout(f"{show(self.remote_address)} took nothing in {self._timeout_s} s") from None
 
     def read_completions(self) -> list[CompletionRange]:
         self._check_open()

@@ -46,6 +46,22 @@ class SlotSource:
             window.drop()
 
 
+class _Gone:
+    """Of a message that is all on its way already."""
+
+    def locate(self, offset: int, size: int) -> tuple[Window, int, int] | None:
+        return None
+
+    def gone(self, offset: int, size: int) -> None:
+        """Nothing is left to go."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+GONE: Final = _Gone()
+
+
 class StagedSource:
     """A message in other memory, copied into windows of the TX Buffer piece by piece as it goes.
 

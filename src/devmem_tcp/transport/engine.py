@@ -1,7 +1,7 @@
 """What senders and receivers are driven by: everything that is watched, and everything that is due, in one step.
 
-An engine never waits but in ``step``. A blocking driver calls ``step`` until what it wants has come; an asyncio driver
-watches ``fileno`` and calls ``step(0)``.
+An engine never waits but in ``step``. A blocking driver calls ``run``, which steps until a verb has done its work; an
+asyncio driver watches ``fileno`` and calls ``step(0)``.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Final, Protocol, TypeVar
 
 from devmem_tcp.errors import Timeout
 from devmem_tcp.sys import calls
 from devmem_tcp.transport.poller import READABLE, Poller
+from devmem_tcp.transport.waiting import Until, Verb
+
+_PATIENCE_S: Final = 0.05  # of one call, in which nothing else is seen to
 
 Result = TypeVar("Result")
 
@@ -62,38 +65,61 @@ class Engine(ABC):
     def _settle(self) -> None:
         """Do what was left to do by other threads, and by collections."""
 
+    @property
+    @abstractmethod
+    def _alone(self) -> bool:
+        """Whether there is one session at most, so that nobody else waits while a call does."""
+
     def deadline(self) -> float | None:
         """Return when ``step`` has something to do at the latest, by time.monotonic; None: never by time alone."""
         return min((due for timed in self._timed() if (due := timed.deadline()) is not None), default=None)
 
-    def step(self, timeout_s: float | None) -> None:
-        """Wait for something to happen, at most so many seconds (None: without limit), and act on it."""
+    def step(self, timeout_s: float | None, slice_s: float | None = None) -> None:
+        """Wait for something to happen, at most so many seconds (None: without limit), and act on it.
+
+        Args:
+            slice_s: begin nothing more after so many seconds of acting; the next step goes on. None: act on everything.
+        """
         self._thread = threading.get_ident()
         self._settle()
         due = self.deadline()
         if due is None:
-            self.poller.step(timeout_s)
+            self.poller.step(timeout_s, slice_s)
             return
         left = max(0.0, due - time.monotonic())
-        self.poller.step(left if timeout_s is None else min(left, timeout_s))
+        self.poller.step(left if timeout_s is None else min(left, timeout_s), slice_s)
         now = time.monotonic()
         if now >= due:
             for timed in list(self._timed()):
                 timed.tick(now)
 
-    def run_until(self, attempt: Callable[[], Result | None], timeout_s: float | None, what: str) -> Result:
-        """Step until ``attempt`` answers something.
+    def run(self, verb: Verb[Result]) -> Result:
+        """Run a verb to its end, waiting where it has to.
 
-        Raises:
-            Timeout: nothing in ``timeout_s`` seconds; ``what`` says what was waited for. It may be waited for again.
+        Raises: what the verb does.
         """
-        end = None if timeout_s is None else time.monotonic() + timeout_s
-        while (result := attempt()) is None:
-            left = None if end is None else end - time.monotonic()
+        self.poller.patience_s = _PATIENCE_S if self._alone else 0.0
+        try:
+            wanted = next(verb)
+            while True:
+                try:
+                    answer = self._wait(wanted)
+                except BaseException as error:
+                    wanted = verb.throw(error)
+                else:
+                    wanted = verb.send(answer)
+        except StopIteration as done:
+            result: Result = done.value
+            return result
+
+    def _wait(self, wanted: Until) -> object:
+        """Step until the attempt answers something."""
+        while (answer := wanted.attempt()) is None:
+            left = wanted.limit.left_s
             if left is not None and left <= 0:
-                raise Timeout(f"{what} in {timeout_s:g} s")
+                raise Timeout(f"{wanted.what} {wanted.limit}")
             self.step(left)
-        return result
+        return answer
 
     def close(self) -> None:
         """Let go of the fds. Idempotent."""

@@ -15,6 +15,7 @@ _MAX_MESSAGES: Final = 1024  # that a session may hold
 _PAGES_A_MESSAGE: Final = 8  # a message for so many pages of a share, at least
 _LEAST_PAGES: Final = 16
 _SPARE_PAGES: Final = 4
+_MAX_SPARE: Final = 2  # places
 _FRAG_CREDIT: Final = 4  # bytes of pages for one of payload: at an MTU of 1500 a page holds a third of itself
 
 
@@ -50,12 +51,17 @@ class Share:
         self._page_limit = pages - max(_SPARE_PAGES, pages // 8) if placement else pages // 2
         rest = self._page_limit - self.credit_messages if placement else pages
         self.credit_bytes: Final = (rest if placement else max(1, rest // _FRAG_CREDIT)) * PAGE_SIZE
+        self._spare: list[Place] = []  # all of one size: what comes next is often like what came before
         self._binding = binding
         self._placement = placement
         self._pages_held = 0
 
     def reserve(self, nbytes: int) -> Place | None:
         """Return a place for a message, on whichever queue has room; None: there is none now."""
+        if self._spare:
+            if self._spare[-1].size_bytes == nbytes:
+                return self._spare.pop()
+            self.drop_spare()
         room = self._page_limit - self._pages_held
         if self._placement and nbytes <= room * PAGE_SIZE and not self._binding.closed:
             for queue in self._binding.queues:
@@ -63,6 +69,20 @@ class Share:
                 if place is not None:
                     return place
         return None
+
+    def put_back(self, place: Place) -> None:
+        """Take a place back: for the next message of its size, if there is much room besides, or to the NIC."""
+        pages = -(-place.size_bytes // PAGE_SIZE)
+        alike = not self._spare or self._spare[-1].size_bytes == place.size_bytes
+        if alike and len(self._spare) < _MAX_SPARE and 2 * (self._pages_held + pages) < self._page_limit:
+            self._spare.append(place)
+        else:
+            place.close()
+
+    def drop_spare(self) -> None:
+        """Give places that wait for a message back to the NIC."""
+        while self._spare:
+            self._spare.pop().close()
 
     def hold_pages(self, pages: int) -> bool:
         """Count pages that messages hold, or no longer do; False: it is more than there should be."""

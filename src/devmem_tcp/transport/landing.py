@@ -13,6 +13,7 @@ import numpy as np
 
 from devmem_tcp.buffers import Buffer, CpuAccess
 from devmem_tcp.contract import DevmemSocket, Place
+from devmem_tcp.errors import Timeout
 from devmem_tcp.gather import gather
 from devmem_tcp.transport.inbox import Share, host_memory
 from devmem_tcp.types import PAGE_SIZE, FragBatch, FragKind, U8Array
@@ -61,8 +62,11 @@ class Landing(ABC):
         self.path = PathBytes()
 
     @abstractmethod
-    def receive(self, sock: DevmemSocket, offset: int, size: int) -> int:
+    def receive(self, sock: DevmemSocket, offset: int, size: int, patience_s: float) -> int:
         """Receive up to ``size`` bytes, which are the message's from ``offset`` on; 0: the lane has ended.
+
+        Args:
+            patience_s: how long it may wait for all of them, once there are some; it need not.
 
         Raises:
             BlockingIOError: nothing is there.
@@ -101,9 +105,18 @@ class PlacedLanding(Landing):
         self._view = place.view()
         share.hold_pages(self._pages)
 
-    def receive(self, sock: DevmemSocket, offset: int, size: int) -> int:
+    def receive(self, sock: DevmemSocket, offset: int, size: int, patience_s: float) -> int:
         if sock.lands_in is self._place.binding:
-            taken = sock.recv_placed(self._place, offset, size)
+            if patience_s:
+                sock.settimeout(patience_s)
+                try:
+                    taken = sock.recv_placed(self._place, offset, size, all=True)
+                except Timeout:
+                    raise BlockingIOError from None
+                finally:
+                    sock.settimeout(0)
+            else:
+                taken = sock.recv_placed(self._place, offset, size)
             self.path.dmabuf += taken
             return taken
         with sock.recv_frags(size) as batch:  # for once it lands elsewhere
@@ -123,7 +136,8 @@ class PlacedLanding(Landing):
         self._view = memoryview(b"")
         pages, self._pages = self._pages, 0
         self._share.hold_pages(-pages)
-        self._place.close()
+        if pages:
+            self._share.put_back(self._place)
 
 
 class FragLanding(Landing):
@@ -137,7 +151,7 @@ class FragLanding(Landing):
         self._pages = 0
         self._moved: memoryview | None = None
 
-    def receive(self, sock: DevmemSocket, offset: int, size: int) -> int:
+    def receive(self, sock: DevmemSocket, offset: int, size: int, patience_s: float) -> int:
         batch = sock.recv_frags(size)
         taken = batch.nbytes
         self.path.count(batch)
@@ -232,7 +246,7 @@ class IntoLanding(Landing):
         self._target = target
         self._bytes: U8Array = np.frombuffer(target, np.uint8)
 
-    def receive(self, sock: DevmemSocket, offset: int, size: int) -> int:
+    def receive(self, sock: DevmemSocket, offset: int, size: int, patience_s: float) -> int:
         with sock.recv_frags(size) as batch:
             self.path.count(batch)
             self.path.copied += batch.nbytes

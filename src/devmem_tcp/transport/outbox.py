@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable
 from typing import Final
 
 from devmem_tcp.buffers import Buffer
@@ -32,21 +33,34 @@ class Window:
 
 
 class Outbox:
-    """Hands out windows of one bound Buffer: the first that fits, page by page. Not thread-safe."""
+    """Hands out windows of one bound Buffer: the first that fits, page by page. Not thread-safe.
 
-    def __init__(self, buffer: Buffer, binding: TxBinding) -> None:
+    Args:
+        on_room: called when a window comes back after ``fits`` said no.
+    """
+
+    def __init__(self, buffer: Buffer, binding: TxBinding, on_room: Callable[[], None]) -> None:
         self.buffer: Final = buffer
         self.binding: Final = binding
         self.view: Final = buffer.view()
         self._free: list[tuple[int, int]] = [(0, buffer.size_bytes)]  # offset and size, ascending, never adjacent
+        self._on_room = on_room
+        self._short = False  # somebody waits for room
 
     @property
     def free_bytes(self) -> int:
         return sum(size for _, size in self._free)
 
+    def fits(self, size_bytes: int) -> bool:
+        """Whether ``take`` would answer a window now; if not, ``on_room`` says when to ask again."""
+        wanted = _whole_pages(size_bytes)
+        found = any(size >= wanted for _, size in self._free)
+        self._short |= not found
+        return found
+
     def take(self, size_bytes: int) -> Window | None:
         """Return a window of at least ``size_bytes``, which begins at a page; None: there is none now."""
-        wanted = max(1, -(-size_bytes // PAGE_SIZE)) * PAGE_SIZE
+        wanted = _whole_pages(size_bytes)
         for index, (offset, size) in enumerate(self._free):
             if size >= wanted:
                 if size == wanted:
@@ -66,7 +80,15 @@ class Outbox:
         if index and sum(self._free[index - 1]) == offset:
             before = self._free.pop(index)
             self._free[index - 1] = (self._free[index - 1][0], self._free[index - 1][1] + before[1])
+        if self._short:
+            self._short = False
+            self._on_room()
 
     def close(self) -> None:
         self.view.release()
         self.binding.close()
+
+
+def _whole_pages(size_bytes: int) -> int:
+    """Return the bytes of the pages that a window of so many bytes takes; one page, for none."""
+    return max(1, -(-size_bytes // PAGE_SIZE)) * PAGE_SIZE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
@@ -22,6 +23,8 @@ class Poller:
     def __init__(self) -> None:
         self._epoll = calls.epoll_create()
         self._handlers: dict[int, tuple[int, Handler]] = {}
+        self.patience_s = 0.0  #: how long a handler may wait in a system call of its own: not at all, or a blink
+        self._postponed: list[tuple[int, int]] = []  # events that the last step had no time for
 
     def fileno(self) -> int:
         return self._epoll.fileno()
@@ -37,13 +40,26 @@ class Poller:
         """Watch an fd no more; to be called before it is closed. Unknown ones are ignored."""
         if self._handlers.pop(fd, None) is not None:
             calls.epoll_forget(self._epoll, fd)
+            if self._postponed:
+                self._postponed = [event for event in self._postponed if event[0] != fd]
 
-    def step(self, timeout_s: float | None) -> None:
-        """Wait until something is ready, at most so many seconds (None: without limit), and call its handlers."""
-        for fd, _ in calls.epoll_wait(self._epoll, timeout_s):
+    def step(self, timeout_s: float | None, slice_s: float | None = None) -> None:
+        """Wait until something is ready, at most so many seconds (None: without limit), and call its handlers.
+
+        Args:
+            slice_s: once handlers have taken so many seconds, leave the others to the next step: by turns, so that none
+                waits for ever. None: call them all.
+        """
+        events, self._postponed = self._postponed or calls.epoll_wait(self._epoll, timeout_s), []
+        end = None if slice_s is None else time.monotonic() + slice_s
+        for number, (fd, _) in enumerate(events, 1):
             found = self._handlers.get(fd)
-            if found is not None:  # a handler before it may have closed it
-                found[1]()
+            if found is None:  # a handler before it may have closed it
+                continue
+            found[1]()
+            if end is not None and time.monotonic() >= end:
+                self._postponed = [event for event in events[number:] if event[0] in self._handlers]
+                return
 
     def close(self) -> None:
         self._handlers.clear()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any
 
 from devmem_tcp.buffers import Allocator, Buffer
 from devmem_tcp.closing import Closing
@@ -12,11 +11,10 @@ from devmem_tcp.contract import Nic
 from devmem_tcp.transport.arrangement import DEFAULT_SIZE
 from devmem_tcp.transport.message import Message
 from devmem_tcp.transport.receiver_engine import ReceiverEngine
+from devmem_tcp.transport.receiver_verbs import ReceiverVerbs
 from devmem_tcp.transport.receiving import Into
 from devmem_tcp.transport.terms import SessionOptions
 from devmem_tcp.types import Address, SocketStats
-
-_PATIENCE_S: Final = 5.0  # of close(), with senders that do not answer
 
 
 class Receiver(Closing):
@@ -28,6 +26,7 @@ class Receiver(Closing):
 
     def __init__(self, engine: ReceiverEngine) -> None:
         self._engine = engine
+        self._verbs = ReceiverVerbs(engine)
 
     @property
     def address(self) -> Address | None:
@@ -48,17 +47,13 @@ class Receiver(Closing):
                 that did; a note says with whom. Other senders are not concerned: call again.
             ClosedError: this receiver is closed.
         """
-        return self._engine.run_until(self._engine.take, timeout_s, "no message came")
+        message = self._engine.take_next()
+        return message if message is not None else self._engine.run(self._verbs.receive(timeout_s))
 
     def __iter__(self) -> Iterator[Message]:
         """Yield messages until every sender that came has said goodbye; waits for the first one."""
-        while (message := self._engine.run_until(self._next, None, "")) is not self:
-            assert isinstance(message, Message)
+        while message := self._engine.take_next() or self._engine.run(self._verbs.receive_next()):
             yield message
-
-    def _next(self) -> Message | Receiver | None:
-        message = self._engine.take()
-        return message if message is not None else self if self._engine.over else None
 
     def request(self, body: bytes, timeout_s: float | None = None) -> bytes:
         """Ask the sender for something, in words of the programs' own, and return its answer.
@@ -70,7 +65,7 @@ class Receiver(Closing):
             Timeout: no answer in ``timeout_s`` seconds.
             LocalProtocolError: there is not one sender to ask.
         """
-        return self._engine.run_until(self._engine.request(body), timeout_s, "no answer came")
+        return self._engine.run(self._verbs.request(body, timeout_s))
 
     def stats(self) -> list[SocketStats]:
         """Return the proof of path of every data connection of the sessions under way."""
@@ -95,14 +90,12 @@ class Receiver(Closing):
 
         Messages that were received and not yet returned by ``receive`` are lost. Senders get five seconds to answer.
         """
-        engine = self._engine
-        if engine.closed:
+        if self._engine.closed:
             return
-        engine.leave()
-        end = time.monotonic() + _PATIENCE_S
-        while engine.links and (left := end - time.monotonic()) > 0:
-            engine.step(left)
-        engine.close()
+        try:
+            self._engine.run(self._verbs.part())
+        finally:
+            self._engine.close()
 
 
 def open_receiver(
@@ -163,7 +156,7 @@ def open_receiver(
     )
     if to is not None:
         try:
-            engine.run_until(engine.connected, timeout_s, "no session came about")
+            engine.run(ReceiverVerbs(engine).wait_connected(timeout_s))
         except BaseException:
             engine.close()
             raise

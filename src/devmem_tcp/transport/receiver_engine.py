@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from collections.abc import Iterable, Sequence
+from typing import Final, TypeAlias
 
 from devmem_tcp.buffers import Allocator, Buffer
 from devmem_tcp.contract import Nic
@@ -24,6 +24,9 @@ from devmem_tcp.transport.terms import SessionOptions
 from devmem_tcp.types import Address, SocketStats
 
 _MAX_ANSWER: Final = 64 << 20  # bytes
+
+Asked: TypeAlias = tuple[ReceiverLink, int]
+"""A request, by its session and number."""
 
 
 class ReceiverEngine(Engine):
@@ -59,7 +62,7 @@ class ReceiverEngine(Engine):
         self._links: list[ReceiverLink] = []
         self._timed_links: set[Link] = set()  # those that have deadlines
         self._returned: deque[tuple[ReceiverLink, Landing]] = deque()  # memory given back, not yet taken back
-        self._answers: dict[tuple[ReceiverLink, int], bytearray | bytes] = {}
+        self._answers: dict[Asked, bytearray | bytes] = {}  # whole ones are bytes
         self._reception: Reception | None = None
         self._calling: Calling | None = None
         self.sessions = 0  #: how many there have been
@@ -138,6 +141,8 @@ class ReceiverEngine(Engine):
         )
         if not link.ended:
             self._links.append(link)
+            if not self._alone:
+                self.poller.patience_s = 0.0
 
     def _ended(self, link: Link) -> None:
         if link in self._links:
@@ -163,6 +168,19 @@ class ReceiverEngine(Engine):
     def reception(self) -> Reception | None:
         return self._reception
 
+    def has_news(self) -> bool | None:
+        """Return True if ``take`` has something to answer; None: not yet.
+
+        Raises:
+            ClosedError: the receiver is closed.
+            Exception: as ``Calling.check``.
+        """
+        if self.closed:
+            raise ClosedError("this receiver is closed")
+        if self._calling is not None:
+            self._calling.check()
+        return True if self._ready else None
+
     def take(self) -> Message | None:
         """Return the next message; None: it has not come.
 
@@ -170,16 +188,18 @@ class ReceiverEngine(Engine):
             DevmemError, ConnectionError: why a session failed, once; those with other senders go on.
             ClosedError: the receiver is closed.
         """
-        if self.closed:
-            raise ClosedError("this receiver is closed")
-        if self._calling is not None:
-            self._calling.check()
-        if not self._ready:
+        if not self.has_news():
             return None
         first = self._ready.popleft()
         if isinstance(first, Exception):
             raise first
         return first
+
+    def take_next(self) -> Message | None:
+        """Return the next message of a series, if one is under way with the only sender; may wait for a moment."""
+        if self._ready or self._returned or len(self._links) != 1 or not self.poller.patience_s:
+            return None
+        return self._links[0].receive_next()
 
     @property
     def over(self) -> bool:
@@ -196,8 +216,8 @@ class ReceiverEngine(Engine):
             self._calling.check()
         return self._links[0] if self._links else None
 
-    def request(self, body: bytes) -> Callable[[], bytes | None]:
-        """Ask the sender that was gone to for something; returns what answers with the whole answer once it is here.
+    def request(self, body: bytes) -> Asked:
+        """Ask the sender for something; ``answer`` says what came, until ``forget``.
 
         Raises:
             LocalProtocolError: there is no session, or more than one.
@@ -205,16 +225,27 @@ class ReceiverEngine(Engine):
         if len(self._links) != 1:
             raise LocalProtocolError(f"a request goes to one sender, and {len(self._links)} are connected")
         (link,) = self._links
-        key = (link, link.request(body))
-        self._answers[key] = bytearray()
+        asked = (link, link.request(body))
+        self._answers[asked] = bytearray()
+        return asked
 
-        def answer() -> bytes | None:
-            if link.ended:
-                raise link.error or BrokenError("the sender left without an answer")
-            found = self._answers.get(key)
-            return self._answers.pop(key) if isinstance(found, bytes) else None  # type: ignore[return-value]
+    def answer(self, asked: Asked) -> bytes | None:
+        """Return the whole answer to a request; None: it is not here yet.
 
-        return answer
+        Raises:
+            DevmemError, ConnectionError: the session ended before.
+        """
+        found = self._answers[asked]
+        if isinstance(found, bytes):
+            return found
+        link = asked[0]
+        if link.ended:
+            raise link.error or BrokenError("the sender left without an answer")
+        return None
+
+    def forget(self, asked: Asked) -> None:
+        """Drop the answer to a request, whether it has come or comes yet."""
+        self._answers.pop(asked, None)
 
     def _take_answer(self, link: ReceiverLink, number: int, body: bytes, last: bool) -> None:
         found = self._answers.get((link, number))
@@ -253,6 +284,10 @@ class ReceiverEngine(Engine):
             link.take_back(landing)
         else:
             self.give_back(link, landing)
+
+    @property
+    def _alone(self) -> bool:
+        return len(self._links) <= 1
 
     def _settle(self) -> None:
         while self._returned:

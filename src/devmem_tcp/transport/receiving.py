@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from devmem_tcp.contract import DevmemSocket
-from devmem_tcp.errors import DevmemError, NotZeroCopy, RemoteProtocolError
+from devmem_tcp.errors import DevmemError, LocalProtocolError, NotZeroCopy, RemoteProtocolError
 from devmem_tcp.sansio.handshake import Agreed
 from devmem_tcp.sansio.receiving import ReceiverSession
 from devmem_tcp.sansio.session import (
@@ -28,6 +28,7 @@ from devmem_tcp.transport.message import Header, Message, writable_bytes
 from devmem_tcp.transport.poller import READABLE, Poller
 
 _BYTES_A_TURN: Final = 4 << 20
+_QUICK_PATIENCE_S: Final = 0.004  # of a read that waits for a message to begin, and sees nothing else meanwhile
 _BYTES_A_PIECE: Final = 64 << 10  # what a read costs besides its bytes, as bytes
 
 Into = Callable[[Header], Any]
@@ -92,6 +93,9 @@ class ReceiverLink(Link):
         self._on_answer = on_answer
         self.engine: Final = engine
         self._headers: dict[int, MessageAnnounced] = {}  # of messages on their way
+        self._delivered = 0
+        self._prepared: tuple[PlacedLanding, Message] | None = None  # for the next message of a series
+        self._came = False  # it has come, and the session does not know yet
         self._landings: dict[int, Landing] = {}  # of those that have begun to come
         self._watching = [False] * len(lanes)
         for sock in lanes:
@@ -103,14 +107,20 @@ class ReceiverLink(Link):
 
     def pull(self, lane: int) -> None:
         """Read what a lane has, but no more than its turn."""
-        taken = _BYTES_A_TURN
-        while taken > 0 and not self.ended:
-            piece_bytes = self._pull_piece(lane)
-            if not piece_bytes:
+        self.settle_next()
+        left, patience_s, delivered = _BYTES_A_TURN, self._patience_s, self._delivered
+        while left > 0 and not self.ended:
+            taken = self._pull_piece(lane, patience_s)
+            if not taken or (patience_s and self._delivered > delivered):
                 return
-            taken -= piece_bytes + _BYTES_A_PIECE
+            left -= taken + _BYTES_A_PIECE
 
-    def _pull_piece(self, lane: int) -> int:
+    @property
+    def _patience_s(self) -> float:
+        """How long a read may wait for the rest of a piece: not while another lane may have bytes."""
+        return self._poller.patience_s if len(self.lanes) == 1 else 0.0
+
+    def _pull_piece(self, lane: int, patience_s: float) -> int:
         """Read a lane's next piece, as far as it has come; answers how many bytes."""
         piece = self._session.expected(lane)
         if piece is None:
@@ -119,7 +129,10 @@ class ReceiverLink(Link):
         sock = self.lanes[lane]
         landing = self._landing_of(piece.message_id) if piece.wanted else None
         try:
-            taken = sock.discard(piece.size) if landing is None else landing.receive(sock, piece.offset, piece.size)
+            if landing is None:
+                taken = sock.discard(piece.size)
+            else:
+                taken = landing.receive(sock, piece.offset, piece.size, patience_s)
         except BlockingIOError:
             return 0
         except NotZeroCopy as error:
@@ -141,6 +154,9 @@ class ReceiverLink(Link):
     def _landing_of(self, message_id: int) -> Landing | None:
         """Return where a message lands; None: it is declined, since there is no memory for it."""
         landing = self._landings.get(message_id)
+        if landing is None and self._prepared is not None:
+            landing, self._prepared = self._prepared[0], None
+            self._landings[message_id] = landing
         if landing is None:
             announced = self._headers[message_id]
             try:
@@ -180,6 +196,61 @@ class ReceiverLink(Link):
             else:
                 self._poller.forget(fd)
 
+    # --- the quick way, for messages of a series ---
+
+    def receive_next(self) -> Message | None:
+        """Receive the next message of a series in one call, which may wait for a moment; None: not now, or not so.
+
+        What is to be done about it is left for later: for as long as the sender takes to answer.
+        """
+        self.settle_next()
+        prepared = self._prepared or self._prepare()
+        if prepared is None:
+            return None
+        landing, message = prepared
+        try:
+            taken = landing.receive(self.lanes[0], 0, landing.nbytes, _QUICK_PATIENCE_S)
+        except (BlockingIOError, LocalProtocolError, ConnectionError):
+            return None  # the long way says what is wrong, if anything is
+        if taken == landing.nbytes:
+            self._prepared = None
+            self._came = True
+            return message
+        if taken:  # the rest comes the long way
+            self._landings[message.message_id] = landing
+            self._prepared = None
+            self._session.received(0, taken, time.monotonic())
+            self.pump()
+        return None
+
+    def _prepare(self) -> tuple[PlacedLanding, Message] | None:
+        """Make everything ready for the next message of a series, if nothing else is to be seen to."""
+        if self.ended or len(self.lanes) > 1 or self._into is not None or not self._session.series_room():
+            return None
+        message_id, announced = next(iter(self._headers.items()))
+        place = self._share.reserve(announced.header.nbytes)
+        if place is None:
+            return None
+        landing = PlacedLanding(announced.header.nbytes, place, self._share)
+        self._prepared = (landing, Message(self, message_id, announced.header, landing))
+        return self._prepared
+
+    def settle_next(self) -> None:
+        """Do what ``receive_next`` has left to do. Everything else of this link does that first."""
+        if self._came:
+            self._came = False
+            self._session.series_received(time.monotonic())
+            message_id, announced = self._headers.popitem()
+            if self._session.expected(0) is not None:
+                self._headers[message_id + 1] = MessageAnnounced(message_id + 1, announced.header)
+            if self._session.has_news:
+                self.pump()
+
+    def _drop_prepared(self) -> None:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            prepared[0].close()
+
     # --- events ---
 
     def _take(self, event: Event) -> None:
@@ -194,6 +265,7 @@ class ReceiverLink(Link):
                 self._headers.pop(event.message_id, None)
                 self._drop(event.message_id)
             case SeriesEnded():
+                self._drop_prepared()
                 self._headers.pop(event.message_id, None)
                 self._drop(event.message_id)
             case Answered():
@@ -211,6 +283,7 @@ class ReceiverLink(Link):
                     f"{header.checksum_kind.value} is {found.hex()}, the sender's {event.checksum.hex()}"
                 )
             self._session.verified(event.message_id)
+        self._delivered += 1
         self._deliver(Message(self, event.message_id, header, landing))
 
     def _drop(self, message_id: int) -> None:
@@ -223,17 +296,32 @@ class ReceiverLink(Link):
         super().pump()
         self._watch_lanes()
 
+    def _control_ready(self) -> None:
+        self.settle_next()
+        super()._control_ready()
+
+    def leave(self) -> None:
+        self.settle_next()
+        super().leave()
+
+    def abort(self, words: str) -> None:
+        self.settle_next()
+        super().abort(words)
+
     def _close_lanes(self) -> None:
         for lane in range(len(self.lanes)):
             self._watch(lane, False)
+        self._drop_prepared()
         while self._landings:
             self._landings.popitem()[1].close()
+        self._share.drop_spare()
         super()._close_lanes()
 
     # --- what is given back ---
 
     def take_back(self, landing: Landing) -> None:
         """Return the memory of a message to the NIC, and grant it to the sender anew."""
+        self.settle_next()
         self._give_back(landing, messages=1)
         if not self.ended:
             self.flush()
@@ -241,12 +329,15 @@ class ReceiverLink(Link):
     def _give_back(self, landing: Landing, messages: int) -> None:
         received = 0 if isinstance(landing, IntoLanding) else landing.path.received
         landing.close()
+        if self.ended:
+            self._share.drop_spare()
         self._session.release(received, messages)
 
     # --- requests ---
 
     def request(self, body: bytes) -> int:
         """Ask the sender for something; returns the number that its answer has."""
+        self.settle_next()
         number = self._session.request(body)
         self.flush()
         return number

@@ -251,6 +251,8 @@ class Reception:
 
     def deadline(self) -> float | None:
         """Return when to call ``tick``."""
+        if not self._strangers and not self._callers:
+            return None
         due = [stranger.deadline for stranger in self._strangers.values()]
         due += [at for caller in self._callers.values() if (at := caller.acceptor.deadline()) is not None]
         return min(due, default=None)

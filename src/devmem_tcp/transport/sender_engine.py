@@ -57,9 +57,10 @@ class SenderEngine(Engine):
         self._reception: Reception | None = None
         self._calling: Calling | None = None
         self.last_error: Exception | None = None  #: why a session failed, of the last one that did
+        self.untold_error: Exception | None = None  #: the same, until the program has heard of it
         self._arrangement = Arrangement(nic, memory, size_bytes, buffer)
         try:
-            self.outbox = Outbox(self._arrangement.buffer, self._arrangement.bind_tx())
+            self.outbox = Outbox(self._arrangement.buffer, self._arrangement.bind_tx(), self.wake)
             self._backend = nic.capabilities.backend
             if to is not None:
                 self._calling = Calling(
@@ -112,6 +113,8 @@ class SenderEngine(Engine):
         )
         if not link.ended:
             self._links.append(link)
+            if not self._alone:
+                self.poller.patience_s = 0.0
             self._on_session(link)
 
     def _ended(self, link: Link) -> None:
@@ -120,7 +123,7 @@ class SenderEngine(Engine):
         self._timed_links.discard(link)
         if link.error is not None:
             link.error.add_note(f"the session with the receiver at {show(link.peer)}")
-            self.last_error = link.error
+            self.last_error = self.untold_error = link.error
 
     # --- what the drivers ask ---
 
@@ -133,6 +136,11 @@ class SenderEngine(Engine):
     def links(self) -> tuple[SenderLink, ...]:
         """The sessions under way."""
         return tuple(self._links)
+
+    @property
+    def only_link(self) -> SenderLink | None:
+        """The session, if there is just one."""
+        return self._links[0] if len(self._links) == 1 else None
 
     @property
     def reception(self) -> Reception | None:
@@ -151,8 +159,14 @@ class SenderEngine(Engine):
         if self._calling is not None:
             self._calling.check()
         if self.last_error is not None:
-            raise self.last_error
+            raise self.tell(self.last_error)
         return None
+
+    def tell(self, error: Exception) -> Exception:
+        """Return an error that the program hears of now."""
+        if error is self.untold_error:
+            self.untold_error = None
+        return error
 
     def stats(self) -> list[SocketStats]:
         """Return the counters of every data connection of the sessions under way."""
@@ -166,6 +180,10 @@ class SenderEngine(Engine):
             yield self._reception
         if self._calling is not None:
             yield self._calling
+
+    @property
+    def _alone(self) -> bool:
+        return len(self._links) <= 1
 
     def _settle(self) -> None:
         """Nothing comes from other threads."""

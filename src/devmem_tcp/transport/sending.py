@@ -11,7 +11,7 @@ import msgspec
 
 from devmem_tcp.arrays import ArrayType
 from devmem_tcp.contract import DevmemSocket
-from devmem_tcp.errors import ClosedError, DevmemError, KernelError, OutOfDeviceMemory
+from devmem_tcp.errors import ClosedError, DevmemError, KernelError, OutOfDeviceMemory, Timeout
 from devmem_tcp.sansio.frames import ChecksumKind
 from devmem_tcp.sansio.handshake import Agreed
 from devmem_tcp.sansio.outgoing import Piece
@@ -19,12 +19,13 @@ from devmem_tcp.sansio.sending import SenderSession
 from devmem_tcp.sansio.session import Event, KeepAlive, MessageDeclined, MessagesFinished, Requested
 from devmem_tcp.sansio.stripes import DEFAULT_PIECE_BYTES
 from devmem_tcp.transport.control import ControlConnection
-from devmem_tcp.transport.delivery import Completions, Delivery, Source
+from devmem_tcp.transport.delivery import GONE, Completions, Delivery, SlotSource, Source
 from devmem_tcp.transport.link import Link
-from devmem_tcp.transport.outbox import Outbox
+from devmem_tcp.transport.outbox import Outbox, Window
 from devmem_tcp.transport.poller import READABLE, WRITABLE, Poller
 
 _FULL: Final = (errno.ENOBUFS, errno.ENOMEM)  # what sendmsg says when completions are to be collected first
+_NOTHING: Final = (False, False)
 
 
 class MessageHeader(msgspec.Struct, frozen=True):
@@ -77,7 +78,8 @@ class SenderLink(Link):
         self.piece_bytes: Final = piece_bytes
         self._deliveries: dict[int, Delivery] = {}
         self._completions = [Completions(sock) for sock in lanes]
-        self._watched: dict[int, int] = {}  # fd: events
+        self._full: set[int] = set()  # lanes that took less than they were given
+        self._watched = [_NOTHING] * len(lanes)  # of each: whether it is watched for writing, for completions
         self._on_request = on_request
         for sock in lanes:
             sock.set_zerocopy()
@@ -125,6 +127,31 @@ class SenderLink(Link):
         """Begin the next message of the series under way."""
         self.check_lives()
         return self._deliver(self._session.announce_next(), header, source)
+
+    def send_next(self, header: MessageHeader, window: Window) -> Delivery | None:
+        """Send the next message of the series under way from a window, in one call; None: it cannot be done so now."""
+        if self.ended or not self._session.series_room():
+            return None
+        lane = self._session.series_lane
+        sock = self.lanes[lane]
+        try:
+            sock.settimeout(self._poller.patience_s)
+            taken = sock.send_frags(self.outbox.binding, (window.offset,), (header.nbytes,))
+        except (BlockingIOError, Timeout, KernelError, ConnectionError):
+            return None  # the long way says what is wrong, if anything is
+        now = time.monotonic()
+        if taken == header.nbytes:
+            delivery = Delivery(self._session.series_sent(now), header.name, header.nbytes, GONE)
+            delivery.left = 0
+            self._deliveries[delivery.message_id] = delivery
+            self._completions[lane].sent(window, delivery)
+            self._completions[lane].collect()
+            return delivery
+        delivery = self._deliver(self._session.announce_next(), header, SlotSource(window))
+        self._completions[lane].sent(window, delivery)
+        self._session.sent(lane, taken, now)
+        delivery.left -= taken
+        return delivery
 
     def end_series(self) -> None:
         """End the series under way, if there is one."""
@@ -175,36 +202,38 @@ class SenderLink(Link):
 
     def push(self) -> None:
         """Give lanes what they take now, a piece each by turns, and see to it that this goes on when they take more."""
+        self._full.clear()
         moving = not self.ended
         while moving:
             moving = False
             for lane in range(len(self.lanes)):
-                moving |= self._push_lane(lane)
+                moving |= lane not in self._full and self._push_lane(lane)
                 if self.ended:
                     return
         self.collect()
+        for lane in range(len(self.lanes)):
+            self._watch(lane)
         self.pump()
 
     def _push_lane(self, lane: int) -> bool:
         """Give a lane its next piece, or a part of it; False: there is none, or it does not take any now."""
         piece = self._session.next_piece(lane)
         if piece is None:
-            self._watch(lane, writing=False)
             return False
         delivery = self._deliveries[piece.message_id]
         where = self._locate(delivery, piece)
         if where is None:
-            self._watch(lane, writing=False)
             return False
         window, offset, size = where
+        sock = self.lanes[lane]
         try:
-            taken = self.lanes[lane].send_frags(self.outbox.binding, (offset,), (size,))
-        except BlockingIOError:
-            self._watch(lane, writing=True)
+            sock.settimeout(self._poller.patience_s if len(self.lanes) == 1 else 0)
+            taken = sock.send_frags(self.outbox.binding, (offset,), (size,))
+        except (BlockingIOError, Timeout):
+            self._full.add(lane)
             return False
         except KernelError as error:
             if error.errno in _FULL and len(self._completions[lane]):
-                self._watch(lane, writing=False)
                 return False
             self.fail(error)
             return False
@@ -240,25 +269,28 @@ class SenderLink(Link):
         for completions in self._completions:
             completions.collect()
 
-    def _watch(self, lane: int, *, writing: bool) -> None:
-        """Have ``push`` called once a lane takes more, or has completions."""
-        sock = self.lanes[lane]
-        if not writing and not len(self._completions[lane]):
-            self._forget(sock.send_fileno())
+    def _watch(self, lane: int) -> None:
+        """Have ``push`` called once a lane takes more, or has completions, if that is to be waited for."""
+        sock, wanted = self.lanes[lane], (lane in self._full, len(self._completions[lane]) > 0)
+        if self.ended or wanted == self._watched[lane]:
             return
+        self._forget(lane)
+        self._watched[lane] = wanted
+        events: dict[int, int] = {}
+        for fd_of, event, is_wanted in ((sock.send_fileno, WRITABLE, wanted[0]), (sock.fileno, READABLE, wanted[1])):
+            if is_wanted:
+                fd = fd_of()
+                events[fd] = events.get(fd, 0) | event
+        for fd, all_events in events.items():
+            self._poller.watch(fd, all_events, self.push)
+
+    def _forget(self, lane: int) -> None:
+        sock, (writing, reading) = self.lanes[lane], self._watched[lane]
+        self._watched[lane] = _NOTHING
         if writing:
-            self._set(sock.send_fileno(), WRITABLE)
-        else:
-            self._set(sock.fileno(), READABLE)
-
-    def _set(self, fd: int, events: int) -> None:
-        if self._watched.get(fd) != events:
-            self._watched[fd] = events
-            self._poller.watch(fd, events, self.push)
-
-    def _forget(self, fd: int) -> None:
-        if self._watched.pop(fd, None) is not None:
-            self._poller.forget(fd)
+            self._poller.forget(sock.send_fileno())
+        if reading:
+            self._poller.forget(sock.fileno())
 
     # --- events ---
 
@@ -281,8 +313,8 @@ class SenderLink(Link):
             self.push()  # there may be credit now
 
     def _close_lanes(self) -> None:
-        for fd in list(self._watched):
-            self._forget(fd)
+        for lane in range(len(self.lanes)):
+            self._forget(lane)
         super()._close_lanes()
         for completions in self._completions:
             completions.abandon()

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 Result = TypeVar("Result")
 
-Line: TypeAlias = deque[object]
+Line: TypeAlias = deque[Any]
 """Those that wait for the same thing, in the order in which they came: the first is served first."""
 
 
@@ -53,18 +53,16 @@ class Until(NamedTuple):
     line: Line | None
 
 
-Verb: TypeAlias = Generator[Until, None, Result]
+Verb: TypeAlias = Generator[Until, Any, Result]
 
 
 def until(attempt: Callable[[], Result | None], limit: Limit, what: str, line: Line | None = None) -> Verb[Result]:
-    """Go on once ``attempt`` answers, and, with a line, everybody before is served.
+    """Go on with what ``attempt`` answers, once it does and, with a line, everybody before is served.
 
     Raises:
         Timeout: it did not within the limit.
     """
-    while line or (result := attempt()) is None:
-        yield Until(attempt, limit, what, line)
-        result = attempt()
-        if result is not None:
-            break
-    return result
+    if not line and (result := attempt()) is not None:
+        return result
+    answered: Result = yield Until(attempt, limit, what, line)
+    return answered

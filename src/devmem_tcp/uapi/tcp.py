@@ -1,4 +1,4 @@
-"""Options of TCP sockets that the control connection uses: include/uapi/linux/tcp.h and asm-generic/socket.h, as data."""
+"""TCP socket options of the control connection: include/uapi/linux/tcp.h and asm-generic/socket.h, as data."""
 
 from __future__ import annotations
 
