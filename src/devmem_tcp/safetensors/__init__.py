@@ -1,0 +1,1 @@
+"""Files of tensors in the safetensors format: read without trust, offered by name, written resumably."""
