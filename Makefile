@@ -13,7 +13,7 @@ help:
 	@echo "make lab     boot a real kernel on NICs written in Python, and move data by devmem TCP in it (docs/lab.md)"
 	@echo "make lab-soak  one minute of traffic in the lab while its NICs and their driver are changed in every way"
 	@echo "make lab-test  the contract, and all else that needs it, tested on the kernel backend in the lab"
-	@echo "make fuzz    1,000,000 inputs each for the lab's vfio-user server and its NIC (CONTRIBUTING.md)"
+	@echo "make fuzz    1,000,000 inputs each for the lab's vfio-user server, its NIC, and sessions (CONTRIBUTING.md)"
 	@echo "make clean   remove what the others made: .venv, caches, build outputs"
 	@echo 'ARGS="..." goes to the command: make demo ARGS="--file some.iso", make test ARGS="-k tokens"'
 
@@ -51,6 +51,8 @@ fuzz:
 	@tools/setup.sh dev
 	@.venv/bin/python tests/lab/fuzz.py vfio $(ARGS)
 	@.venv/bin/python tests/lab/fuzz.py gvnic $(ARGS)
+	@.venv/bin/python tests/lab/fuzz.py handshake $(ARGS)
+	@.venv/bin/python tests/lab/fuzz.py session $(ARGS)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist bench/build

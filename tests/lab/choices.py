@@ -1,4 +1,4 @@
-"""Choices read off a string of bytes: the one thing that a fuzzer of the lab needs from whatever drives it.
+"""Choices read off a string of bytes: the one thing that a fuzzer needs from whatever drives it.
 
 A case is a string of bytes. Where it comes from, a seeded generator, Hypothesis, atheris or a file, is no business of
 the fuzzer that reads its choices off it; the same bytes always make the same choices.

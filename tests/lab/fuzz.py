@@ -1,6 +1,7 @@
-"""Fuzz the lab's NIC for long: ``python tests/lab/fuzz.py {vfio,gvnic} --count 1000000``.
+"""Fuzz what trusts nobody, for long: ``python tests/lab/fuzz.py {vfio,gvnic,handshake,session} --count 1000000``.
 
-``vfio`` is the vfio-user server, ``gvnic`` the device behind it. Each counts as inputs what its module says.
+``vfio`` is the lab's vfio-user server, ``gvnic`` the device behind it; ``handshake`` is the start of a session, and
+``session`` what follows. Each counts as inputs what its module says.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
+import sys
 import time
 import traceback
 from contextlib import nullcontext
@@ -20,6 +22,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fuzz_engines import Run, Session, instrumented, run_atheris, run_hypothesis, run_random
 
+TARGETS: Final = {  # what of the package each is about
+    "vfio": "devmem_tcp.lab",
+    "gvnic": "devmem_tcp.lab",
+    "handshake": "devmem_tcp.sansio",
+    "session": "devmem_tcp.sansio",
+}
+_OTHER_FUZZERS: Final = Path(__file__).resolve().parents[1] / "session_fuzz"
 ENGINES: Final = ("random", "hypothesis", "atheris")
 _REDRAW_S: Final = 0.25
 
@@ -75,7 +84,7 @@ class Report:
 
 
 @click.command()
-@click.argument("target", type=click.Choice(("vfio", "gvnic")))
+@click.argument("target", type=click.Choice(tuple(TARGETS)))
 @click.option(
     "--count", default=1_000_000, show_default=True, type=click.IntRange(1), help="Inputs to throw, at least."
 )
@@ -84,11 +93,12 @@ class Report:
 @click.option("--out", default="build/fuzz", show_default=True, type=click.Path(path_type=Path), help="For what fails.")
 @click.option("--replay", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Run this case alone.")
 def main(target: str, count: int, engine: str, seed: int, out: Path, replay: Path | None) -> None:
-    """Fuzz the lab's vfio-user server or gVNIC; exit with 1 if it fails."""
+    """Fuzz the lab's vfio-user server or gVNIC, or the session protocol; exit with 1 if it fails."""
     logging.disable(logging.WARNING)  # a guest's mistakes are what this is about; faults are still shown
+    sys.path.append(str(_OTHER_FUZZERS))
     covered = engine == "atheris" and replay is None
     try:
-        with instrumented() if covered else nullcontext():
+        with instrumented(TARGETS[target]) if covered else nullcontext():
             run: Run = importlib.import_module(f"{target}_fuzzer").run
     except ModuleNotFoundError as missing:
         if missing.name != "atheris":

@@ -1,4 +1,4 @@
-"""What drives the lab's fuzzers: seeded random bytes, Hypothesis, or atheris, which looks for new coverage.
+"""What drives the fuzzers: seeded random bytes, Hypothesis, or atheris, which looks for new coverage.
 
 All three make cases, strings of bytes, and give them to a Session, which runs them, counts, watches over time and
 memory, and keeps the case that failed.
@@ -188,16 +188,18 @@ def run_atheris(session: Session, seed: int, out: Path, finish: Callable[[BaseEx
 
 
 @contextmanager
-def instrumented() -> Iterator[None]:
-    """Measure the coverage of what is imported of the lab in here.
+def instrumented(package: str) -> Iterator[None]:
+    """Measure the coverage of what is imported of ``package`` in here, be it for the second time.
 
     Raises:
         ModuleNotFoundError: atheris is not installed.
     """
     atheris = importlib.import_module("atheris")
-    importlib.import_module("devmem_tcp")  # before, or it is measured too, being around the lab
+    importlib.import_module("devmem_tcp")  # before, or it is measured too, being around the package
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        del sys.modules[name]
     with (
         redirect_stderr(io.StringIO()),  # which has a line for each module
-        atheris.instrument_imports(include=["devmem_tcp.lab"], enable_loader_override=False),
+        atheris.instrument_imports(include=[package], enable_loader_override=False),
     ):
         yield

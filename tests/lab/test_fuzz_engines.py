@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import fuzz_engines
 from choices import INPUT_BYTES, Choices, blocks
-from fuzz import Report
+from fuzz import TARGETS, Report
 from fuzz_engines import Hang, Session, run_hypothesis, run_random, time_limit
 
 PROGRAM = Path(__file__).with_name("fuzz.py")
@@ -138,7 +138,7 @@ def test_a_case_that_fails_is_saved(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"--replay {path}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("target", ["vfio", "gvnic"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_the_command_fuzzes_and_replays(target: str, tmp_path: Path) -> None:
     case = tmp_path / "saved.case"
     case.write_bytes(bytes(range(256)))
