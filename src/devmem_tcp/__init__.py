@@ -6,7 +6,19 @@ from devmem_tcp.contract import DevmemSocket, Listener, Nic, NtupleRule, Place, 
 from devmem_tcp.doors import Backend, open_nic
 from devmem_tcp.errors import DevmemError
 from devmem_tcp.gather import gather
+from devmem_tcp.sansio.session import KeepAlive
 from devmem_tcp.software.options import SoftwareOptions
+from devmem_tcp.transport import (
+    Header,
+    Message,
+    Receiver,
+    Sender,
+    Sent,
+    Series,
+    Slot,
+    open_receiver,
+    open_sender,
+)
 from devmem_tcp.types import (
     Capabilities,
     CompletionRange,
@@ -39,17 +51,25 @@ __all__ = [
     "FlowRule",
     "FragBatch",
     "FragKind",
+    "Header",
     "HeaderSplitMode",
     "HostFrag",
+    "KeepAlive",
     "LinearFrag",
     "Listener",
+    "Message",
     "Nic",
     "NicStats",
     "NtupleRule",
     "Place",
     "QueueStats",
+    "Receiver",
     "RxBinding",
+    "Sender",
+    "Sent",
+    "Series",
     "Setting",
+    "Slot",
     "SocketStats",
     "SoftwareOptions",
     "TokenHolder",
@@ -58,4 +78,6 @@ __all__ = [
     "gather",
     "memory",
     "open_nic",
+    "open_receiver",
+    "open_sender",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,10 @@ def test_messages_go_straight_into_the_callers_arrays() -> None:
     with session(lambda message: (message.name, message.path.copied), receiver=receiver) as (sender, driven):
         for seed, name in enumerate("abc"):
             sender.send(pattern(200_000, seed), name)
-    assert driven.results == [("a", 200_000), ("b", 200_000), ("c", 0)]
+    (*copied_out, (name, bytes_copied)) = driven.results
+    assert copied_out == [("a", 200_000), ("b", 200_000)]
+    assert name == "c"
+    assert bytes_copied < 4096  # at most what a read of "b" left in its last page
     for seed, name in enumerate("ab"):
         np.testing.assert_array_equal(targets[name], pattern(200_000, seed))
 
@@ -261,8 +265,6 @@ def test_a_receiver_goes_to_a_sender_that_listens() -> None:
                     with message:
                         results.append(copied(message)[0])
 
-        import threading
-
         thread = threading.Thread(target=receive)
         thread.start()
         assert sender.wait_connected(10)[0] == "127.0.0.1"
@@ -298,13 +300,13 @@ def test_a_sender_without_the_right_key_gets_nowhere(keys: tuple[bytes | None, b
         assert len(driven.join()) == 1
 
 
-def test_nobody_listens(unused_tcp_port_factory: Any = None) -> None:
+def test_nobody_listens() -> None:
     with receiving() as receiver:
         address = receiver.address
     assert address is not None
     with (
         dmt.open_nic("soft1", backend="software") as nic,
-        pytest.raises(ConnectionRefusedError, match="connect 127.0.0.1"),
+        pytest.raises(ConnectionRefusedError, match=r"connect 127\.0\.0\.1"),
         open_sender(nic, to=address, size=MIB),
     ):
         pass
@@ -320,18 +322,11 @@ def test_a_time_limit_on_receiving_changes_nothing() -> None:
         assert len(driven.join()) == 1
 
 
-def test_a_sender_that_gives_up_takes_its_message_back() -> None:
-    """Nobody drives the receiver while the sender waits for credit; then everything goes on."""
-    with receiving(size=MIB) as receiver:
-        first = Driven(receiver, copied)
-        with sending(receiver, size=MIB) as sender:
-            sender.send(b"first", confirm=True).wait_delivered(10)
-            first._receiver  # noqa: B018
-            held: list[Message] = []
-            sender.send(pattern(MIB // 2), "held")
-            del held
-            sender.send(b"last", "last")
-        assert [name for name, _ in first.join()] == ["", "held", "last"]
+def test_ten_thousand_small_arrays_pass_through_a_small_buffer() -> None:
+    with session(lambda message: int(message.gather().numpy()[-1]), receiver={"size": MIB}) as (sender, driven):
+        for number in range(10_000):
+            sender.send(np.full(1024, number % 251, np.uint8))
+    assert driven.results == [number % 251 for number in range(10_000)]
 
 
 def test_arguments_that_do_not_go_together() -> None:
@@ -365,8 +360,24 @@ def test_settings_and_memory_are_given_back() -> None:
 def test_a_sender_that_is_closed_by_an_error_tells_the_receiver_so() -> None:
     with receiving() as receiver:
         driven = Driven(receiver, copied)
-        with pytest.raises(RuntimeError, match="the program's own"), sending(receiver) as sender:
-            sender.send(b"one")
-            raise RuntimeError("the program's own")
+        with pytest.raises(ZeroDivisionError), sending(receiver) as sender:
+            sender.send(bytes(1 // 0))
         with pytest.raises(BrokenError, match="the sender was closed"):
             driven.join()
+
+
+@pytest.mark.parametrize("hostile", [None, 4], ids=["placed", "in frags"])
+def test_messages_can_be_read_after_their_session_has_ended(hostile: int | None) -> None:
+    messages: list[Message] = []
+    with receiving(software=SoftwareOptions(hostile_seed=hostile), size=16 * MIB) as receiver:
+        thread = threading.Thread(target=lambda: messages.extend(receiver))
+        thread.start()
+        with sending(receiver) as sender:
+            for seed in range(3):
+                sender.send(pattern(20_000, seed))
+        thread.join(30)
+        assert receiver.peers == ()
+        for seed, message in enumerate(messages):
+            with message:
+                np.testing.assert_array_equal(message.gather().numpy(), pattern(20_000, seed))
+    assert len(messages) == 3

@@ -11,7 +11,9 @@ from devmem_tcp.errors import DevmemError
 from devmem_tcp.sansio.frames import ChecksumKind
 
 
-class _Running(Protocol):
+class RunningChecksum(Protocol):
+    """A checksum that is fed piece by piece."""
+
     def update(self, data: Any, /) -> None: ...
 
     def digest(self) -> bytes: ...
@@ -22,10 +24,10 @@ _PACKAGES: Final = {ChecksumKind.XXH3: "xxhash", ChecksumKind.CRC32C: "google-cr
 
 
 @cache
-def _maker(kind: ChecksumKind) -> Callable[[], _Running] | None:
+def _maker(kind: ChecksumKind) -> Callable[[], RunningChecksum] | None:
     module, name = _LIBRARIES[kind]
     try:
-        made: Callable[[], _Running] = getattr(importlib.import_module(module), name)
+        made: Callable[[], RunningChecksum] = getattr(importlib.import_module(module), name)
     except ImportError:
         return None
     return made
@@ -53,11 +55,16 @@ def checksum_kind(kind: ChecksumKind | str | None) -> ChecksumKind:
     return chosen
 
 
+def running_checksum(kind: ChecksumKind) -> RunningChecksum:
+    """Return a checksum of nothing yet, of a kind that is available."""
+    maker = _maker(kind)
+    assert maker is not None
+    return maker()
+
+
 def checksum_of(kind: ChecksumKind, pieces: Iterable[memoryview]) -> bytes:
     """Return the checksum of a message that lies in pieces, in order."""
-    maker = _maker(kind)
-    assert maker is not None  # a kind that both ends have
-    running = maker()
+    running = running_checksum(kind)
     for piece in pieces:
         running.update(piece if kind is ChecksumKind.XXH3 else bytes(piece))
     return running.digest()

@@ -14,6 +14,10 @@ _NUMBERS: Final = 1 << 32
 class Source(Protocol):
     """Where the bytes of a message are, in the TX Buffer."""
 
+    @property
+    def staged(self) -> bool:
+        """Whether it holds room that will be free once more of its bytes have gone."""
+
     def locate(self, offset: int, size: int) -> tuple[Window, int, int] | None:
         """Return a window, an offset into the Buffer, and how many of ``size`` bytes are there; None: no room now."""
 
@@ -33,6 +37,10 @@ class SlotSource:
         window.hold()
         self._window: Window | None = window
 
+    @property
+    def staged(self) -> bool:
+        return False
+
     def locate(self, offset: int, size: int) -> tuple[Window, int, int] | None:
         assert self._window is not None
         return self._window, self._window.offset + offset, size
@@ -48,6 +56,8 @@ class SlotSource:
 
 class _Gone:
     """Of a message that is all on its way already."""
+
+    staged: Final = False
 
     def locate(self, offset: int, size: int) -> tuple[Window, int, int] | None:
         return None
@@ -77,6 +87,10 @@ class StagedSource:
         self._data = data
         self._piece_bytes = piece_bytes
         self._staged: dict[int, Window] = {}  # by where the piece starts
+
+    @property
+    def staged(self) -> bool:
+        return bool(self._staged)
 
     def locate(self, offset: int, size: int) -> tuple[Window, int, int] | None:
         start = offset - offset % self._piece_bytes

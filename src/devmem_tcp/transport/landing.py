@@ -60,6 +60,7 @@ class Landing(ABC):
     def __init__(self, nbytes: int) -> None:
         self.nbytes: Final = nbytes
         self.path = PathBytes()
+        self.counted = True  #: as one of the messages that the receiver holds
 
     @abstractmethod
     def receive(self, sock: DevmemSocket, offset: int, size: int, patience_s: float) -> int:

@@ -91,7 +91,7 @@ class Link(ABC):
                         self.peer_leaves = True
                 self._take(event)
             self.flush()
-        except (DevmemError, ConnectionError) as error:
+        except (DevmemError, OSError) as error:
             self.fail(error)
 
     @abstractmethod

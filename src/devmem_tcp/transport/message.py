@@ -68,10 +68,13 @@ class Message(Header):
     Lifetime: arrays made of it keep its bytes as they are, also after ``release()``; frags go back with the last.
     """
 
-    __slots__ = ("_landing", "_lease", "_link", "_releasing", "backend", "path")
+    __slots__ = ("_landing", "_lease", "_link", "_releasing", "backend", "checksum", "path")
 
-    def __init__(self, link: ReceiverLink, message_id: int, announce: Announce, landing: Landing) -> None:
+    def __init__(
+        self, link: ReceiverLink, message_id: int, announce: Announce, landing: Landing, checksum: bytes = b""
+    ) -> None:
         super().__init__(message_id, announce, link.peer)
+        self.checksum: Final = checksum  #: that was verified; nothing: it came without
         self.path: Final[PathBytes] = landing.path  #: by which path its bytes came, the proof of it
         self.backend: Final = link.backend
         self._link = link
@@ -106,6 +109,14 @@ class Message(Header):
         """
         self._lease.check()
         return self._landing.pieces()
+
+    def keep(self) -> None:
+        """Let the sender send another in its place, though its memory is not given back yet.
+
+        How many messages a receiver holds at a time is limited, besides their bytes: this is for a program that keeps
+        many. From the thread that drives the receiver; idempotent.
+        """
+        self._link.count_off(self._landing)
 
     @property
     def released(self) -> bool:

@@ -37,13 +37,17 @@ class Outbox:
 
     Args:
         on_room: called when a window comes back after ``fits`` said no.
+        part: the window of another Outbox of this Buffer that is all of this one; None: the whole Buffer.
     """
 
-    def __init__(self, buffer: Buffer, binding: TxBinding, on_room: Callable[[], None]) -> None:
+    def __init__(
+        self, buffer: Buffer, binding: TxBinding, on_room: Callable[[], None], part: Window | None = None
+    ) -> None:
         self.buffer: Final = buffer
         self.binding: Final = binding
         self.view: Final = buffer.view()
-        self._free: list[tuple[int, int]] = [(0, buffer.size_bytes)]  # offset and size, ascending, never adjacent
+        whole = (0, buffer.size_bytes) if part is None else (part.offset, part.size_bytes)
+        self._free: list[tuple[int, int]] = [whole]  # offset and size, ascending, never adjacent
         self._on_room = on_room
         self._short = False  # somebody waits for room
 

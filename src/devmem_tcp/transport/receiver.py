@@ -38,6 +38,15 @@ class Receiver(Closing):
         """The senders of sessions under way."""
         return tuple(link.peer for link in self._engine.links)
 
+    def wait_connected(self, peers: int = 1, timeout_s: float | None = None) -> None:
+        """Wait until sessions with so many senders are under way.
+
+        Raises:
+            Timeout: fewer came in ``timeout_s`` seconds.
+            DevmemError, ConnectionError: with ``to``, why there is no session.
+        """
+        self._engine.run(self._verbs.wait_peers(peers, timeout_s))
+
     def receive(self, timeout_s: float | None = None) -> Message:
         """Return the next message that is whole, in its sender's order; between senders, as they come.
 

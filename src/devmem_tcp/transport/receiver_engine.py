@@ -111,8 +111,8 @@ class ReceiverEngine(Engine):
         self._arrangement.steer_from(peer, self._binding.queues[0])
 
     def _may_enter(self) -> str:
-        waiting = self._reception.waiting if self._reception is not None else 0
-        if len(self._links) + waiting > self._max_peers:
+        entering = self._reception.entering if self._reception is not None else 0
+        if len(self._links) + entering > self._max_peers:
             return f"this receiver takes {self._max_peers} senders at a time (max_peers)"
         return ""
 

@@ -51,6 +51,16 @@ class ReceiverVerbs:
         link = yield from until(self.engine.connected, Limit.after(timeout_s), "no session with the sender came about")
         return link.peer
 
+    def wait_peers(self, peers: int, timeout_s: float | None) -> Verb[None]:
+        """See ``Receiver.wait_connected``."""
+        engine = self.engine
+
+        def here() -> bool | None:
+            engine.connected()
+            return len(engine.links) >= peers or None
+
+        yield from until(here, Limit.after(timeout_s), f"sessions with {peers} senders did not come about")
+
     def part(self) -> Verb[None]:
         """Say goodbye, and wait for the senders' part of it, five seconds at most."""
         self.engine.leave()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from devmem_tcp.contract import DevmemSocket
-from devmem_tcp.errors import DevmemError, LocalProtocolError, NotZeroCopy, RemoteProtocolError
+from devmem_tcp.errors import DevmemError, KernelError, LocalProtocolError, RemoteProtocolError
 from devmem_tcp.sansio.handshake import Agreed
 from devmem_tcp.sansio.receiving import ReceiverSession
 from devmem_tcp.sansio.session import (
@@ -51,7 +51,7 @@ class ReceiverLink(Link):
 
     Args:
         share: this session's part of the bound Buffer.
-        deliver: takes each message that is complete, in order.
+        deliver: takes each message that is complete, in order; and what ``into`` raised that is no refusal.
         into: see Into.
         on_answer: takes the pieces of answers to requests.
         engine: takes back the memory of messages, from whatever thread.
@@ -72,7 +72,7 @@ class ReceiverLink(Link):
         backend: str,
         share: Share,
         keep_alive: KeepAlive | None,
-        deliver: Callable[[Message], None],
+        deliver: Callable[[Message | Exception], None],
         into: Into | None,
         on_answer: Callable[[ReceiverLink, int, bytes, bool], None],
         engine: Keeper,
@@ -94,6 +94,7 @@ class ReceiverLink(Link):
         self.engine: Final = engine
         self._headers: dict[int, MessageAnnounced] = {}  # of messages on their way
         self._delivered = 0
+        self._in_frags: set[FragLanding] = set()  # of messages delivered and not given back
         self._prepared: tuple[PlacedLanding, Message] | None = None  # for the next message of a series
         self._came = False  # it has come, and the session does not know yet
         self._landings: dict[int, Landing] = {}  # of those that have begun to come
@@ -110,7 +111,11 @@ class ReceiverLink(Link):
         self.settle_next()
         left, patience_s, delivered = _BYTES_A_TURN, self._patience_s, self._delivered
         while left > 0 and not self.ended:
-            taken = self._pull_piece(lane, patience_s)
+            try:
+                taken = self._pull_piece(lane, patience_s)
+            except (DevmemError, OSError) as error:  # of this session alone
+                self.fail(error)
+                return
             if not taken or (patience_s and self._delivered > delivered):
                 return
             left -= taken + _BYTES_A_PIECE
@@ -135,10 +140,9 @@ class ReceiverLink(Link):
                 taken = landing.receive(sock, piece.offset, piece.size, patience_s)
         except BlockingIOError:
             return 0
-        except NotZeroCopy as error:
-            self.fail(error)
-            return 0
-        except ConnectionError:
+        except KernelError:
+            raise
+        except OSError:  # it broke; the control connection may tell why
             taken = 0
         if not taken:
             self._watch(lane, False)
@@ -161,9 +165,12 @@ class ReceiverLink(Link):
             announced = self._headers[message_id]
             try:
                 landing = self._choose(announced)
-            except (DevmemError, MemoryError, ValueError) as error:
+            except Exception as error:
                 del self._headers[message_id]
-                self._session.decline(message_id, str(error) or "out of memory")
+                self._session.decline(message_id, str(error) or type(error).__name__)
+                if not isinstance(error, (DevmemError, MemoryError, ValueError)):
+                    error.add_note(f"raised by into=; message {announced.header.name!r} was declined")
+                    self._deliver(error)  # a mistake of the program's own, which it is to hear of
                 return None
             self._landings[message_id] = landing
         return landing
@@ -210,7 +217,7 @@ class ReceiverLink(Link):
         landing, message = prepared
         try:
             taken = landing.receive(self.lanes[0], 0, landing.nbytes, _QUICK_PATIENCE_S)
-        except (BlockingIOError, LocalProtocolError, ConnectionError):
+        except (LocalProtocolError, OSError):
             return None  # the long way says what is wrong, if anything is
         if taken == landing.nbytes:
             self._prepared = None
@@ -284,7 +291,9 @@ class ReceiverLink(Link):
                 )
             self._session.verified(event.message_id)
         self._delivered += 1
-        self._deliver(Message(self, event.message_id, header, landing))
+        if isinstance(landing, FragLanding):
+            self._in_frags.add(landing)
+        self._deliver(Message(self, event.message_id, header, landing, event.checksum))
 
     def _drop(self, message_id: int) -> None:
         """Give back what was received of a message that does not come."""
@@ -315,22 +324,40 @@ class ReceiverLink(Link):
         while self._landings:
             self._landings.popitem()[1].close()
         self._share.drop_spare()
-        super()._close_lanes()
+        if not self._in_frags:  # else tokens are out: a lane takes them back when it is closed, read or not
+            super()._close_lanes()
 
     # --- what is given back ---
 
     def take_back(self, landing: Landing) -> None:
         """Return the memory of a message to the NIC, and grant it to the sender anew."""
         self.settle_next()
-        self._give_back(landing, messages=1)
+        self._give_back(landing, messages=int(landing.counted))
         if not self.ended:
             self.flush()
+
+    def count_off(self, landing: Landing) -> None:
+        """Grant another message in place of one whose bytes are kept."""
+        if landing.counted and not self.ended:
+            landing.counted = False
+            self.settle_next()
+            self._session.release(0, 1)
+            self.flush()
+
+    @property
+    def room_bytes(self) -> int:
+        """How many bytes of messages may be held at a time."""
+        return self._share.credit_bytes
 
     def _give_back(self, landing: Landing, messages: int) -> None:
         received = 0 if isinstance(landing, IntoLanding) else landing.path.received
         landing.close()
+        if isinstance(landing, FragLanding):
+            self._in_frags.discard(landing)
         if self.ended:
             self._share.drop_spare()
+            if not self._in_frags:
+                super()._close_lanes()
         self._session.release(received, messages)
 
     # --- requests ---

@@ -19,7 +19,14 @@ from devmem_tcp.contract import DevmemSocket, Listener
 from devmem_tcp.endpoints import is_loopback, plain
 from devmem_tcp.errors import BrokenError, DevmemError, NotZeroCopy, RemoteProtocolError
 from devmem_tcp.sansio.frames import NONCE_BYTES, Role
-from devmem_tcp.sansio.handshake import PREAMBLE_BYTES, SECRET_BYTES, Acceptor, Agreed, read_preamble
+from devmem_tcp.sansio.handshake import (
+    PREAMBLE_BYTES,
+    SECRET_BYTES,
+    Acceptor,
+    Agreed,
+    HandshakeState,
+    read_preamble,
+)
 from devmem_tcp.sys import calls
 from devmem_tcp.transport.control import ControlConnection, TlsEnd
 from devmem_tcp.transport.landing import copy_batch
@@ -46,6 +53,7 @@ class _Caller:
     def __init__(self, control: ControlConnection, acceptor: Acceptor) -> None:
         self.control = control
         self.acceptor = acceptor
+        self.proved = False  # it knows the key
         self.lanes: dict[int, DevmemSocket] = {}
 
     def close(self) -> None:
@@ -73,7 +81,8 @@ class Reception:
         buffer: what they land in, if they are steered to a binding.
         role: of this end.
         on_session: takes each session that is agreed on.
-        may_enter: says why there is no room for another session now, or nothing.
+        may_enter: asked of each peer that has proved itself, which ``entering`` counts already: why there is no room
+            for its session, or nothing.
     """
 
     def __init__(
@@ -110,8 +119,13 @@ class Reception:
 
     @property
     def waiting(self) -> int:
-        """How many sessions are being agreed on."""
+        """How many sessions are being agreed on, strangers' among them."""
         return len(self._callers)
+
+    @property
+    def entering(self) -> int:
+        """How many of them are with peers that have proved to know the key."""
+        return sum(caller.proved for caller in self._callers.values())
 
     # --- control connections ---
 
@@ -121,7 +135,7 @@ class Reception:
                 sock = calls.accept(self._control)
             except (BlockingIOError, ConnectionError):
                 return
-            if len(self._callers) >= MAX_WAITING:
+            if len(self._callers) >= MAX_WAITING and not self._drop_slowest():
                 calls.close_socket(sock)
                 self._note_refusal(f"{MAX_WAITING} peers are shaking hands already")
                 continue
@@ -146,10 +160,14 @@ class Reception:
         )
         caller = self._callers[acceptor.session_id] = _Caller(control, acceptor)
         control.on_ready = partial(self._hear, caller)
-        reason = self._may_enter()
-        if reason:
-            acceptor.refuse("full", reason)
         self._advance(caller)
+
+    def _drop_slowest(self) -> bool:
+        """Drop who has taken longest to prove anything; who comes after many strangers is heard even so."""
+        slowest = next((caller for caller in self._callers.values() if not caller.proved), None)
+        if slowest is not None:
+            self._drop(slowest, f"{MAX_WAITING} others came before it had proved that it knows the key")
+        return slowest is not None
 
     def _hear(self, caller: _Caller) -> None:
         try:
@@ -167,14 +185,25 @@ class Reception:
         acceptor = caller.acceptor
         try:
             agreed = acceptor.next_event()
+            if acceptor.state is HandshakeState.AWAITS_LANES and not caller.proved:
+                caller.proved = True
+                self._check_room(acceptor)
             caller.control.send(acceptor.data_to_send())
-        except (DevmemError, ConnectionError) as error:
+        except (DevmemError, OSError) as error:
             self._drop(caller, str(error))
             return
         if agreed is not None:
             del self._callers[acceptor.session_id]
             lanes = [caller.lanes[lane] for lane in range(len(caller.lanes))]
             self._on_session(Established(agreed, caller.control, acceptor.take_rest(), lanes))
+
+    def _check_room(self, acceptor: Acceptor) -> None:
+        """Refuse a peer that has proved itself, if there are too many: strangers take nobody's room."""
+        reason = self._may_enter()
+        if reason:
+            acceptor.data_to_send()  # the welcome, which is not said
+            acceptor.refuse("full", reason)
+            acceptor.next_event()
 
     def _drop(self, caller: _Caller, why: str) -> None:
         self._note_refusal(why)
@@ -197,14 +226,21 @@ class Reception:
                 self._note_refusal(str(error))
                 continue
             if len(self._strangers) >= MAX_WAITING:
+                slowest = next(iter(self._strangers.values()))
+                self._turn_away(slowest, f"{MAX_WAITING} data connections came before this one said whose it is")
+            try:
+                self._take_stranger(sock)
+            except OSError as error:
                 sock.close()
-                self._note_refusal(f"{MAX_WAITING} data connections have not said yet whose they are")
-                continue
-            sock.settimeout(0)
-            stranger = _Stranger(sock, time.monotonic() + self._options.handshake_timeout_s)
-            self._strangers[sock.fileno()] = stranger
-            self._poller.watch(sock.fileno(), READABLE, partial(self._read_preamble, stranger))
-            self._read_preamble(stranger)
+                self._note_refusal(str(error))
+
+    def _take_stranger(self, sock: DevmemSocket) -> None:
+        sock.settimeout(0)
+        fd = sock.fileno()
+        stranger = _Stranger(sock, time.monotonic() + self._options.handshake_timeout_s)
+        self._poller.watch(fd, READABLE, partial(self._read_preamble, stranger))
+        self._strangers[fd] = stranger
+        self._read_preamble(stranger)
 
     def _read_preamble(self, stranger: _Stranger) -> None:
         missing = PREAMBLE_BYTES - len(stranger.preamble)
@@ -214,7 +250,7 @@ class Reception:
                 copy_batch(batch, self._buffer, piece)
         except BlockingIOError:
             return
-        except (NotZeroCopy, ConnectionError) as error:
+        except (NotZeroCopy, OSError) as error:
             self._turn_away(stranger, str(error))
             return
         stranger.preamble += piece.tobytes()

@@ -93,8 +93,8 @@ class SenderEngine(Engine):
         )
 
     def _may_enter(self) -> str:
-        waiting = self._reception.waiting if self._reception is not None else 0
-        if len(self._links) + waiting > self._max_peers:
+        entering = self._reception.entering if self._reception is not None else 0
+        if len(self._links) + entering > self._max_peers:
             return f"this sender takes {self._max_peers} receivers at a time (max_peers)"
         return ""
 
@@ -161,6 +161,10 @@ class SenderEngine(Engine):
         if self.last_error is not None:
             raise self.tell(self.last_error)
         return None
+
+    def arrived(self) -> SenderLink | None:
+        """Return the session, as ``connected``; but where receivers come, one that failed is no reason not to wait."""
+        return self.connected() if self._links or self.closed or self._reception is None else None
 
     def tell(self, error: Exception) -> Exception:
         """Return an error that the program hears of now."""

@@ -198,7 +198,7 @@ class SenderVerbs:
 
     def wait_connected(self, timeout_s: float | None) -> Verb[Address]:
         """See ``Sender.wait_connected``."""
-        link = yield from until(self.engine.connected, Limit.after(timeout_s), "no session with a receiver came about")
+        link = yield from until(self.engine.arrived, Limit.after(timeout_s), "no session with a receiver came about")
         return link.peer
 
     def part(self) -> Verb[None]:

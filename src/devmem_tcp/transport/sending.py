@@ -26,6 +26,7 @@ from devmem_tcp.transport.poller import READABLE, WRITABLE, Poller
 
 _FULL: Final = (errno.ENOBUFS, errno.ENOMEM)  # what sendmsg says when completions are to be collected first
 _NOTHING: Final = (False, False)
+_ROUNDS_A_TURN: Final = 16  # pieces that each lane is given before others have their turn
 
 
 class MessageHeader(msgspec.Struct, frozen=True):
@@ -201,15 +202,22 @@ class SenderLink(Link):
     # --- bytes ---
 
     def push(self) -> None:
-        """Give lanes what they take now, a piece each by turns, and see to it that this goes on when they take more."""
+        """Give lanes what they take now, a piece each by turns, and see to it that this goes on when they take more.
+
+        One that takes ever more is left alone after a while, so that other sessions have their turn.
+        """
         self._full.clear()
+        rounds = _ROUNDS_A_TURN
         moving = not self.ended
-        while moving:
+        while moving and rounds:
+            rounds -= 1
             moving = False
             for lane in range(len(self.lanes)):
                 moving |= lane not in self._full and self._push_lane(lane)
                 if self.ended:
                     return
+        if moving:
+            self._full.update(range(len(self.lanes)))  # they may take more, and the poller says so at once
         self.collect()
         for lane in range(len(self.lanes)):
             self._watch(lane)
@@ -237,7 +245,7 @@ class SenderLink(Link):
                 return False
             self.fail(error)
             return False
-        except ConnectionError:
+        except OSError:  # it broke; the control connection may tell why
             self.lane_lost(lane)
             return False
         self._completions[lane].sent(window, delivery)
@@ -253,7 +261,7 @@ class SenderLink(Link):
         if where is None:
             self.collect()
             where = delivery.source.locate(piece.offset, piece.size)
-        if where is None and not any(map(len, self._completions)):
+        if where is None and not (any(map(len, self._completions)) or self._holds_staged()):
             size = min(delivery.nbytes, self.piece_bytes)
             delivery.error = OutOfDeviceMemory(
                 f"no room for {size} bytes in the TX buffer of {self.outbox.buffer.size_bytes}: slots hold it",
@@ -263,6 +271,9 @@ class SenderLink(Link):
             )
             self.cancel(delivery, "the sender is out of device memory")
         return where
+
+    def _holds_staged(self) -> bool:
+        return any(delivery.source.staged for delivery in self._deliveries.values())
 
     def collect(self) -> None:
         """Let go of the windows that the kernel has read."""
@@ -298,7 +309,8 @@ class SenderLink(Link):
         match event:
             case MessagesFinished():
                 for message_id in [known for known in self._deliveries if known < event.messages]:
-                    self._deliveries.pop(message_id).finished = True
+                    delivery = self._deliveries.pop(message_id)
+                    delivery.finished = delivery.declined is None  # else it was drained
             case MessageDeclined():
                 delivery = self._deliveries.get(event.message_id)
                 if delivery is not None:
