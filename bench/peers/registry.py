@@ -8,6 +8,9 @@ from typing import Final
 from peers.contract import Peer
 
 PEERS: Final = {
+    "devmem-tcp": "peers.devmem_tensors:DevmemSeries",
+    "devmem-tcp-messages": "peers.devmem_tensors:DevmemMessages",
+    "devmem-tcp-asyncio": "peers.devmem_asyncio:DevmemAsyncio",
     "c": "peers.c_loops:CLoops",
     "plain": "peers.plain:Plain",
     "asyncio-streams": "peers.asyncio_streams:AsyncioStreams",
