@@ -89,7 +89,7 @@ def test_any_interleaving_of_lanes_gives_the_same_messages(data: st.DataObject) 
 
 @given(st.data())
 def test_messages_counted_at_once_are_those_counted_piece_by_piece(data: st.DataObject) -> None:
-    """Either end takes the quick way or the long one, message by message; the bytes and the credit come out the same."""
+    """Either end takes the quick way or the long one, message by message; bytes and credit come out the same."""
     count = data.draw(st.integers(2, 12))
     pair = Pair(1, pool_bytes=data.draw(st.sampled_from((3 * PIECE, 1 << 20))), pool_messages=4)
     pair.settle()

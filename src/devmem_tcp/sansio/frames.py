@@ -79,6 +79,8 @@ class Role(Enum):
 class ChecksumKind(Enum):
     """How the checksum of a message is computed; those but NONE are features that both ends must have."""
 
+    __hash__ = object.__hash__  # Enum's own is written in Python, and this is looked up for every message
+
     NONE = "none"
     XXH3 = "xxh3"
     CRC32C = "crc32c"

@@ -240,7 +240,7 @@ class Handshake(ABC):
     def tick(self, now: float) -> None:
         """Let time pass; at the deadline the handshake fails with Timeout, as ``next_event`` then says."""
         if self.deadline() is not None and now >= self._deadline:
-            words = f"the peer took over {self._timeout_s:g} s to send {_AWAITED[self.state]}"
+            words = f"the peer took over {round(self._timeout_s, 1):g} s to send {_AWAITED[self.state]}"
             self._fail(Ending(Party.NETWORK, Timeout, words))
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:

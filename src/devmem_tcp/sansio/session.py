@@ -80,6 +80,8 @@ _PING_BURST: Final = 64  # pings that a peer may send at once, and then a second
 class SessionState(Enum):
     """Where a session stands."""
 
+    __hash__ = object.__hash__  # Enum's own is written in Python, and this is looked up for every frame
+
     OPEN = auto()
     LEAVING = auto()
     LEFT = auto()
