@@ -34,8 +34,7 @@ async def _serve(control: Control) -> None:
         control.tell(str(_port(receiver)))
         port = int(await asyncio.to_thread(control.hear)) if echo else 0  # the loop sees to the sender meanwhile
         line = await _line(stack, control.work, port) if echo else None
-        if line is None:
-            await receiver.wait_connected(timeout_s=PATIENCE_S)
+        await receiver.wait_connected(timeout_s=PATIENCE_S)
         for part in control.parts():
             await _receive(part, receiver, line)
         async for message in receiver:
@@ -66,6 +65,8 @@ async def _drive(control: Control) -> None:
             receiver = await _receiver(stack, work)
             control.tell(str(_port(receiver)))
         sender, slot = await _line(stack, work, port)
+        if receiver is not None:
+            await receiver.wait_connected(timeout_s=PATIENCE_S)
         for part in control.parts():
             part.message = slot.data
             if receiver is None:
