@@ -53,6 +53,7 @@ SO_REUSEADDR: Final = socket.SO_REUSEADDR
 SO_PEERCRED: Final = socket.SO_PEERCRED
 SO_PEERGROUPS: Final = 59  # asm-generic/socket.h; the socket module has no name for it
 SO_SNDTIMEO: Final = socket.SO_SNDTIMEO
+SHUT_RDWR: Final = socket.SHUT_RDWR
 SHUT_WR: Final = socket.SHUT_WR
 TCP_CONGESTION: Final = socket.TCP_CONGESTION
 TCP_MAXSEG: Final = socket.TCP_MAXSEG

@@ -59,7 +59,11 @@ class Calling:
         self._connector: Connector | None = None
         self._established = False
         self._error: Exception | None = None
-        self._try_next()
+        try:
+            self._try_next()
+        except BaseException:
+            self.close()
+            raise
 
     def check(self) -> None:
         """Raise why it failed, if it has.
@@ -164,7 +168,10 @@ class Calling:
                 left = max(0.001, self._end - time.monotonic())
                 sock = self._nic.connect(where, strict=self._strict, timeout_s=left)
                 lanes.append(sock)
-                sock.send(preamble)
+                try:
+                    sock.send(preamble)
+                except ConnectionError as error:
+                    raise explain(error, "send to", where) from None
         except BaseException:
             for sock in lanes:
                 sock.close()

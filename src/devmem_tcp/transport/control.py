@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 from typing import Any, Final
 
@@ -103,8 +104,10 @@ class ControlConnection:
                 sent += calls.send(self._sock, memoryview(self._unsent)[sent:].tobytes(), calls.MSG_DONTWAIT)
         except BlockingIOError:
             pass
-        except OSError:  # the connection is gone: reading says so
+        except OSError:  # it is of no use any more: reading says so, after what has come already
             sent = len(self._unsent)
+            with contextlib.suppress(OSError):
+                calls.shutdown(self._sock, calls.SHUT_RDWR)
         del self._unsent[:sent]
         events = READABLE | WRITABLE if self._unsent else READABLE
         self._poller.watch(self._sock.fileno(), events, self._handle)

@@ -38,7 +38,11 @@ class Engine(ABC):
         self.closed = False
         self._thread = threading.get_ident()
         self._wake_fd = calls.eventfd_create()
-        self.poller.watch(self._wake_fd, READABLE, self._woken)
+        try:
+            self.poller.watch(self._wake_fd, READABLE, self._woken)
+        except BaseException:
+            Engine.close(self)
+            raise
 
     def fileno(self) -> int:
         """An fd that is readable when ``step`` has something to do, deadlines aside."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import TracebackType
 from typing import Any
 
 from devmem_tcp.buffers import Allocator, Buffer
@@ -105,6 +106,12 @@ class Receiver(Closing):
             self._engine.run(self._verbs.part())
         finally:
             self._engine.close()
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if value is None:
+            self.close()
+        else:
+            self._engine.close()  # the exception is what there is to say
 
 
 def open_receiver(

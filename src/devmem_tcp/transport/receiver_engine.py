@@ -67,7 +67,11 @@ class ReceiverEngine(Engine):
         self._calling: Calling | None = None
         self.sessions = 0  #: how many there have been
         self.refused_links = 0
-        self._arrangement = Arrangement(nic, memory, size_bytes, buffer)
+        try:
+            self._arrangement = Arrangement(nic, memory, size_bytes, buffer)
+        except BaseException:
+            super().close()
+            raise
         try:
             self._binding = self._arrangement.bind_rx(queues, steer=steer)
             self._placement = nic.capabilities.placement

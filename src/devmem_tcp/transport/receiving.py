@@ -102,7 +102,6 @@ class ReceiverLink(Link):
         for sock in lanes:
             sock.settimeout(0)
         self.pump()
-        self._watch_lanes()
 
     # --- bytes ---
 
@@ -196,12 +195,12 @@ class ReceiverLink(Link):
 
     def _watch(self, lane: int, wanted: bool) -> None:
         if wanted is not self._watching[lane]:
-            self._watching[lane] = wanted
             fd = self.lanes[lane].fileno()
             if wanted:
                 self._poller.watch(fd, READABLE, lambda: self.pull(lane))
             else:
                 self._poller.forget(fd)
+            self._watching[lane] = wanted
 
     # --- the quick way, for messages of a series ---
 
@@ -303,7 +302,10 @@ class ReceiverLink(Link):
 
     def pump(self) -> None:
         super().pump()
-        self._watch_lanes()
+        try:
+            self._watch_lanes()
+        except OSError as error:
+            self.fail(error)
 
     def _control_ready(self) -> None:
         self.settle_next()

@@ -98,7 +98,6 @@ class Reception:
         on_session: Callable[[Established], None],
         may_enter: Callable[[], str],
     ) -> None:
-        self.address: Final[Address] = plain(calls.local_address(control))
         self._control = control
         self._data = data
         self._poller = poller
@@ -113,9 +112,14 @@ class Reception:
         self._closed = False
         self.refused = 0  #: connections that were turned away, for whatever reason
         self.last_refusal = ""
-        data.settimeout(0)
-        poller.watch(control.fileno(), READABLE, self._accept_control)
-        poller.watch(data.fileno(), READABLE, self._accept_data)
+        try:
+            self.address: Final[Address] = plain(calls.local_address(control))
+            data.settimeout(0)
+            poller.watch(control.fileno(), READABLE, self._accept_control)
+            poller.watch(data.fileno(), READABLE, self._accept_data)
+        except BaseException:
+            calls.close_socket(control)
+            raise
 
     @property
     def waiting(self) -> int:
@@ -133,8 +137,11 @@ class Reception:
         for _ in range(_ACCEPTS_A_TURN):
             try:
                 sock = calls.accept(self._control)
-            except (BlockingIOError, ConnectionError):
+            except BlockingIOError:
                 return
+            except ConnectionError as error:  # gone before it said anything
+                self._note_refusal(str(error))
+                continue
             if len(self._callers) >= MAX_WAITING and not self._drop_slowest():
                 calls.close_socket(sock)
                 self._note_refusal(f"{MAX_WAITING} peers are shaking hands already")
@@ -220,8 +227,11 @@ class Reception:
         for _ in range(_ACCEPTS_A_TURN):
             try:
                 sock = self._data.accept()
-            except (BlockingIOError, ConnectionError):
+            except BlockingIOError:
                 return
+            except ConnectionError as error:  # gone before it said anything
+                self._note_refusal(str(error))
+                continue
             except NotZeroCopy as error:
                 self._note_refusal(str(error))
                 continue

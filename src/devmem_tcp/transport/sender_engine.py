@@ -58,7 +58,11 @@ class SenderEngine(Engine):
         self._calling: Calling | None = None
         self.last_error: Exception | None = None  #: why a session failed, of the last one that did
         self.untold_error: Exception | None = None  #: the same, until the program has heard of it
-        self._arrangement = Arrangement(nic, memory, size_bytes, buffer)
+        try:
+            self._arrangement = Arrangement(nic, memory, size_bytes, buffer)
+        except BaseException:
+            super().close()
+            raise
         try:
             self.outbox = Outbox(self._arrangement.buffer, self._arrangement.bind_tx(), self.wake)
             self._backend = nic.capabilities.backend

@@ -82,9 +82,12 @@ class SenderLink(Link):
         self._full: set[int] = set()  # lanes that took less than they were given
         self._watched = [_NOTHING] * len(lanes)  # of each: whether it is watched for writing, for completions
         self._on_request = on_request
-        for sock in lanes:
-            sock.set_zerocopy()
-            sock.settimeout(0)
+        try:
+            for sock in lanes:
+                sock.set_zerocopy()
+                sock.settimeout(0)
+        except OSError as error:
+            self.fail(error)
         self.pump()
 
     # --- messages ---
@@ -309,8 +312,8 @@ class SenderLink(Link):
         match event:
             case MessagesFinished():
                 for message_id in [known for known in self._deliveries if known < event.messages]:
-                    delivery = self._deliveries.pop(message_id)
-                    delivery.finished = delivery.declined is None  # else it was drained
+                    drained = self._deliveries.pop(message_id)
+                    drained.finished = drained.declined is None
             case MessageDeclined():
                 delivery = self._deliveries.get(event.message_id)
                 if delivery is not None:
