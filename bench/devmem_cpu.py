@@ -39,14 +39,16 @@ NO_COMPILER: Final = "there is no C compiler here: apt install gcc"
 PORT: Final = 5201
 DRIVER: Final = "gve"
 QUEUE: Final = 1  # gve cannot restart queue 0
-BUFFER_BYTES: Final = 64 * MIB  # the largest udmabuf by default
+RECEIVE_MEMORY: Final = Path("/proc/sys/net/ipv4/tcp_rmem")
+SPARE_BYTES: Final = 64 * MIB  # of the buffer, for what the NIC's rings hold and what is held while a batch is taken
+TABLE_WIDTH: Final = 120
 ONE_LIMIT: Final = 0.7
 BATCH_LIMIT: Final = 1.25
 FRAGS_A_DONTNEED: Final = 20
 
 
 class Received(msgspec.Struct, frozen=True):
-    """A receiver's last line: its bytes by where they landed, its calls, and time from accept to the end of stream."""
+    """A receiver's last line: bytes by where they landed, calls and time, from being warm to the end of stream."""
 
     bytes: int
     dmabuf_bytes: int
@@ -59,6 +61,7 @@ class Received(msgspec.Struct, frozen=True):
     user_s: float
     system_s: float
     undisturbed_s_per_gib: float  # of single reads, the lower quartile
+    start_s: float  # of CPU, for the bytes before
 
     @property
     def cpu_s_per_gib(self) -> float:
@@ -66,13 +69,24 @@ class Received(msgspec.Struct, frozen=True):
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """What is run: how often, how much, in reads of which size, each of which waits for how much (bytes)."""
+    """What is run: how often, how much, in reads of which size, which wait for how much, after how much (bytes)."""
 
     rounds: int
     seed: int
     total_bytes: int
     read_bytes: int
     lowat_bytes: int
+    warm_bytes: int
+
+    @property
+    def window_bytes(self) -> int:
+        """The largest receive buffer of a socket: SO_RCVLOWAT is cut to half of it (tcp_set_rcvlowat)."""
+        return 2 * max(self.lowat_bytes, self.read_bytes)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What is bound: a full receive buffer must not use up its pages."""
+        return self.window_bytes + self.read_bytes + SPARE_BYTES
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -83,6 +97,7 @@ class Row(msgspec.Struct, frozen=True):
     cpu_s_per_gib_least: float
     cpu_s_per_gib_most: float
     undisturbed_s_per_gib: float
+    start_s: float
     user_s_per_gib: float
     system_s_per_gib: float
     gbit_per_s: float
@@ -105,7 +120,7 @@ class Limit(msgspec.Struct, frozen=True):
 def receivers(nic: str, settings: Settings) -> dict[str, list[str]]:
     """Return each variant's command line."""
     (binary,) = built(RECEIVER) or ("",)
-    sizes = [str(PORT), str(settings.read_bytes), str(settings.lowat_bytes)]
+    sizes = [str(number) for number in (PORT, settings.read_bytes, settings.lowat_bytes, settings.warm_bytes)]
     return {
         "C, a call a token": [binary, *sizes, "one"],
         "C, ranges": [binary, *sizes, "batch"],
@@ -134,11 +149,23 @@ def interrupts_on(cpu: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def bound(nic_name: str) -> Iterator[None]:
+def receive_memory(most_bytes: int) -> Iterator[None]:
+    """Let a TCP socket receive so much ahead of its reader, until the block ends."""
+    before = RECEIVE_MEMORY.read_text(encoding="ascii")
+    least, first, _ = before.split()
+    RECEIVE_MEMORY.write_text(f"{least} {first} {most_bytes}", encoding="ascii")
+    try:
+        yield
+    finally:
+        RECEIVE_MEMORY.write_text(before, encoding="ascii")
+
+
+@contextlib.contextmanager
+def bound(nic_name: str, buffer_bytes: int) -> Iterator[None]:
     """Have the port's flow arrive in device memory, until the block ends."""
     with (
         dmt.open_nic(nic_name, backend="kernel") as nic,
-        dmt.memory.Udmabuf().allocate(BUFFER_BYTES) as buffer,
+        dmt.memory.Udmabuf().allocate(buffer_bytes) as buffer,
         nic.set_header_split("on"),
         nic.set_rss(weights=[int(queue != QUEUE) for queue in range(nic.capabilities.rx_queues)]),
         nic.add_ntuple(dst_port=PORT, queue=QUEUE),
@@ -158,19 +185,20 @@ def measure(settings: Settings) -> dict[str, list[Received]]:
     if sender_binary is None or built(RECEIVER) is None:
         raise PairFailed(NO_COMPILER)
     sender = ["ip", "netns", "exec", peer, *sender_binary, "send", address, str(PORT)]
-    transfer = [str(settings.total_bytes), str(16 * MIB), str(MIB), SYSTEM]
+    transfer = [str(settings.warm_bytes + settings.total_bytes), str(16 * MIB), str(MIB), SYSTEM]
     commands = receivers(nic, settings)
     runs: dict[str, list[Received]] = {name: [] for name in commands}
     shuffled = random.Random(settings.seed)
     placement = cpus_apart()
     if placement is None:
         raise PairFailed("receiver and sender need a processor each: lab run --smp 2")
-    with bound(nic), interrupts_on(placement[1]):
+    with receive_memory(settings.window_bytes), bound(nic, settings.buffer_bytes), interrupts_on(placement[1]):
         for _ in range(settings.rounds):
             for name in shuffled.sample(list(commands), len(commands)):
                 output, _ = exchange(commands[name], lambda port: [*sender, *transfer], placement)
                 received = decode(output, Received)
-                if received.dmabuf_bytes + received.linear_bytes != settings.total_bytes:
+                missing = settings.total_bytes - received.bytes  # the last read before may have brought some of them
+                if received.host_bytes or not 0 <= missing < settings.read_bytes:
                     raise PairFailed(f"{name}: not all payload landed in device memory: {received}")
                 runs[name].append(received)
     return runs
@@ -188,6 +216,7 @@ def row(name: str, runs: list[Received]) -> Row:
         cpu_s_per_gib_least=min(run.cpu_s_per_gib for run in runs),
         cpu_s_per_gib_most=max(run.cpu_s_per_gib for run in runs),
         undisturbed_s_per_gib=median(run.undisturbed_s_per_gib for run in runs),
+        start_s=median(run.start_s for run in runs),
         user_s_per_gib=median(run.user_s / run.bytes * GIB for run in runs),
         system_s_per_gib=median(run.system_s / run.bytes * GIB for run in runs),
         gbit_per_s=median(run.bytes * 8 / run.wall_s / 1e9 for run in runs),
@@ -221,6 +250,7 @@ def show(rows: list[Row], console: Console) -> None:
         "ours ÷\nthis",
         "undis-\nturbed",
         "ours ÷\nthis",
+        "start\nms",
         "Gbit/s",
         "recvmsg",
         "DONTNEED",
@@ -240,6 +270,7 @@ def show(rows: list[Row], console: Console) -> None:
             f"{ours.cpu_s_per_gib / one.cpu_s_per_gib:.2f}",
             f"{one.undisturbed_s_per_gib:.2f}",
             f"{ours.undisturbed_s_per_gib / one.undisturbed_s_per_gib:.2f}",
+            f"{one.start_s * 1e3:.0f}",
             f"{one.gbit_per_s:.2f}",
             f"{one.recv_calls:.0f}",
             f"{one.dontneed_calls:.0f}",
@@ -255,7 +286,6 @@ def machine() -> dict[str, str]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "cpus": str(os.cpu_count()),
-        "tcp_rmem": " ".join(Path("/proc/sys/net/ipv4/tcp_rmem").read_text(encoding="ascii").split()),
     }
 
 
@@ -264,8 +294,9 @@ def machine() -> dict[str, str]:
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the order of variants in each round.")
 @click.option("--bytes", "total_mib", type=click.IntRange(1), default=1024, show_default=True, help="MiB of each run.")
-@click.option("--read-size", "read_kib", type=click.IntRange(4), default=8192, show_default=True, help="KiB.")
-@click.option("--lowat", "lowat_kib", type=click.IntRange(0), default=7168, show_default=True, help="KiB to wait for.")
+@click.option("--warm", "warm_mib", type=click.IntRange(1), default=64, show_default=True, help="MiB before it.")
+@click.option("--read-size", "read_kib", type=click.IntRange(4), default=16384, show_default=True, help="KiB.")
+@click.option("--lowat", "lowat_kib", type=click.IntRange(0), default=32768, show_default=True, help="KiB to wait for.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write every figure there.")
 @click.option("--check", is_flag=True, help="Exit with 1 if a limit is missed.")
 def main(
@@ -273,6 +304,7 @@ def main(
     rounds: int,
     seed: int,
     total_mib: int,
+    warm_mib: int,
     read_kib: int,
     lowat_kib: int,
     json_path: Path | None,
@@ -282,13 +314,13 @@ def main(
         if not (built(RECEIVER) and built(SENDER)):
             raise click.ClickException(NO_COMPILER)
         return
-    settings = Settings(rounds, seed, total_mib * MIB, read_kib << 10, lowat_kib << 10)
+    settings = Settings(rounds, seed, total_mib * MIB, read_kib << 10, lowat_kib << 10, warm_mib * MIB)
     try:
         runs = measure(settings)
     except PairFailed as error:
         raise click.ClickException(str(error)) from error
     rows = [row(name, found) for name, found in runs.items()]
-    console = Console()
+    console = Console(width=max(Console().width, TABLE_WIDTH))
     console.print(", ".join(f"{name} {value}" for name, value in machine().items()))
     show(rows, console)
     found = limits(rows)

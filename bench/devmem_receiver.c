@@ -1,16 +1,17 @@
 /*
  * What our kernel backend's receiver is measured against: a minimal devmem TCP receiver, in C.
  *
- *   devmem_receiver PORT READ_BYTES LOWAT_BYTES one|batch
+ *   devmem_receiver PORT READ_BYTES LOWAT_BYTES WARM_BYTES one|batch
  *       Listens on [::]:PORT, takes one connection and receives it to its end by recvmsg(MSG_SOCK_DEVMEM) of up to
  *       READ_BYTES, each of which waits for LOWAT_BYTES (SO_RCVLOWAT) or the end. one: each frag's token goes back by a
  *       setsockopt(SO_DEVMEM_DONTNEED) of its own. batch: the tokens of a recvmsg go back as ranges, up to 128 ranges
  *       and 1024 frags a call.
  *
- * The NIC is set up and the buffer bound by another process: receiving needs no privilege. Ends with one JSON line:
- * bytes, of which dmabuf, linear and ordinary; frags, recv_calls, dontneed_calls; wall_s from the accepted connection to
- * the end of stream, user_s and system_s of this process over that span; undisturbed_s_per_gib, the lower quartile of
- * the same time of single reads, with the return of their tokens, for each byte of theirs.
+ * The NIC is set up and the buffer bound by another process: receiving needs no privilege. Ends with one JSON line, of
+ * what came after the first WARM_BYTES: bytes, of which dmabuf, linear and ordinary; frags, recv_calls, dontneed_calls;
+ * wall_s to the end of stream, user_s and system_s of this process over that span; undisturbed_s_per_gib, the lower
+ * quartile of the same time of single reads, with the return of their tokens, for each byte of theirs; and start_s, the
+ * time of this process for the bytes before.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -116,6 +117,11 @@ static int accept_one(unsigned long port)
     return fd;
 }
 
+static unsigned long long received(const struct figures *figures)
+{
+    return figures->dmabuf + figures->linear + figures->ordinary;
+}
+
 static void give_back(int fd, const struct token_range *ranges, size_t count, unsigned frags, struct figures *figures)
 {
     int freed = setsockopt(fd, SOL_SOCKET, OPT_DONTNEED, ranges, (socklen_t)(count * sizeof *ranges));
@@ -169,12 +175,12 @@ static unsigned long long take(int fd, struct msghdr *message, int batch, struct
 
 int main(int count, char **argument)
 {
-    if (count != 5 || (strcmp(argument[4], "one") != 0 && strcmp(argument[4], "batch") != 0)) {
-        fprintf(stderr, "usage: devmem_receiver PORT READ_BYTES LOWAT_BYTES one|batch\n");
+    if (count != 6 || (strcmp(argument[5], "one") != 0 && strcmp(argument[5], "batch") != 0)) {
+        fprintf(stderr, "usage: devmem_receiver PORT READ_BYTES LOWAT_BYTES WARM_BYTES one|batch\n");
         return 2;
     }
-    size_t read_bytes = number(argument[2]);
-    int lowat = (int)number(argument[3]), batch = strcmp(argument[4], "batch") == 0;
+    size_t read_bytes = number(argument[2]), warm_bytes = number(argument[4]);
+    int lowat = (int)number(argument[3]), batch = strcmp(argument[5], "batch") == 0;
     unsigned char *inline_bytes = malloc(read_bytes), *control = malloc(CONTROL_BYTES);
     if (!inline_bytes || !control)
         fail("malloc");
@@ -187,7 +193,7 @@ int main(int count, char **argument)
     struct figures figures = {0};
     struct rusage before, after;
     getrusage(RUSAGE_SELF, &before);
-    double wall = wall_now();
+    double wall = wall_now(), start_s = 0, accepted = cpu_now();
     for (;;) {
         double start = cpu_now();
         struct iovec place = {.iov_base = inline_bytes, .iov_len = read_bytes};
@@ -202,16 +208,23 @@ int main(int count, char **argument)
         figures.ordinary += (unsigned long long)got - take(fd, &message, batch, &figures);
         if (reads < MAX_READS)
             spent[reads++] = (cpu_now() - start) / (double)got;
+        if (start_s == 0 && received(&figures) >= warm_bytes) {
+            start_s = cpu_now() - accepted;
+            figures = (struct figures){0};
+            reads = 0;
+            getrusage(RUSAGE_SELF, &before);
+            wall = wall_now();
+        }
     }
     wall = wall_now() - wall;
     getrusage(RUSAGE_SELF, &after);
     close(fd);
     printf("{\"bytes\": %llu, \"dmabuf_bytes\": %llu, \"linear_bytes\": %llu, \"host_bytes\": %llu, \"frags\": %llu, "
            "\"recv_calls\": %llu, \"dontneed_calls\": %llu, \"wall_s\": %.9f, \"user_s\": %.6f, \"system_s\": %.6f, "
-           "\"undisturbed_s_per_gib\": %.6f}\n",
-           figures.dmabuf + figures.linear + figures.ordinary, figures.dmabuf, figures.linear, figures.ordinary,
+           "\"undisturbed_s_per_gib\": %.6f, \"start_s\": %.6f}\n",
+           received(&figures), figures.dmabuf, figures.linear, figures.ordinary,
            figures.frags, figures.recv_calls, figures.dontneed_calls, wall,
            seconds(after.ru_utime) - seconds(before.ru_utime), seconds(after.ru_stime) - seconds(before.ru_stime),
-           lower_quartile(spent, reads) * (1 << 30));
+           lower_quartile(spent, reads) * (1 << 30), start_s);
     return 0;
 }

@@ -26,7 +26,7 @@ from devmem_tcp.sansio.tokens import dontneed_calls
 from devmem_tcp.software.options import SoftwareOptions
 from devmem_tcp.sys import calls
 from devmem_tcp.types import PAGE_SIZE, FragKind, U32Array
-from devmem_tcp.uapi.socket import FRAG_DTYPE, build_control, parse_control
+from devmem_tcp.uapi.socket import FRAG_DTYPE, ControlColumns, build_control
 from loopback import HOST
 
 BATCHES: Final = (16, 256, 1024, 8192)
@@ -122,13 +122,14 @@ def receive_and_release(sock: DevmemSocket, frags: int) -> tuple[int, int]:
 def measure(sock: DevmemSocket, frags: int, samples: int) -> Row:
     """Measure every stage at one number of frags a batch."""
     control = control_of(frags)
+    columns = ControlColumns(control)
     scattered = np.arange(1, 2 * frags + 1, 2, dtype=np.uint32)
     repeats = max(1, SAMPLE_FRAGS // frags)
     times = np.array([[receive_and_release(sock, frags) for _ in range(repeats)] for _ in range(samples)])
     receive_ns, release_ns = np.median(times.mean(axis=1), axis=0) / frags
     return Row(
         frags=frags,
-        parse_ns=ns_per_frag(lambda: parse_control(control, len(control)), frags, samples),
+        parse_ns=ns_per_frag(lambda: columns.parse(len(control)), frags, samples),
         receive_ns=float(receive_ns),
         release_ns=float(release_ns),
         coalesce_scattered_ns=ns_per_frag(lambda: coalesce(scattered), frags, samples),

@@ -33,6 +33,7 @@ def received(cpu_s: float, dontneed_calls: int = 100) -> devmem_cpu.Received:
         user_s=cpu_s / 4,
         system_s=cpu_s * 3 / 4,
         undisturbed_s_per_gib=cpu_s,
+        start_s=0.1,
     )
 
 
@@ -64,6 +65,6 @@ def test_the_c_program_compiles_and_says_how_it_is_used() -> None:
     (binary,) = pairs.built(devmem_cpu.RECEIVER) or ("",)
     done = subprocess.run([binary], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "usage: devmem_receiver PORT READ_BYTES LOWAT_BYTES one|batch\n"
-    done = subprocess.run([binary, "0", "5x", "1", "one"], capture_output=True, text=True, check=False)
+    assert done.stderr == "usage: devmem_receiver PORT READ_BYTES LOWAT_BYTES WARM_BYTES one|batch\n"
+    done = subprocess.run([binary, "0", "5x", "1", "1", "one"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "devmem_receiver: 5x is not a number\n")

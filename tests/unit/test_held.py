@@ -29,6 +29,14 @@ def test_a_run_is_neighbours_in_order() -> None:
         assert run_of(column(*none)) is None
 
 
+def test_a_run_of_any_numbers() -> None:
+    for first in (1, 65_535 - 3, 65_536 - 3, 65_536, 1 << 20, 0xFFFF_FFFD):
+        tokens = [first, first + 1, first + 2]
+        assert run_of(column(*tokens)) == (first, 3)
+        for wrong in ([first, first + 2, first + 2], [first, first, first + 2]):
+            assert run_of(column(*wrong)) is None
+
+
 def test_what_is_held_of_each_binding() -> None:
     held = HeldTokens()
     record(held, [1, 2, 3], dmabuf_id=7, size=100, now=5.0)
@@ -74,6 +82,23 @@ def test_a_run_that_is_out_whole_is_known_by_its_frags() -> None:
     assert held.run_of(frags) is None
     assert held.strike(pack_tokens([5], [3])) == 2
     assert held.outstanding == 0
+
+
+def test_a_run_is_struck_out_from_its_start() -> None:
+    held = HeldTokens()
+    record(held, [5, 6, 7, 8], now=2.0)
+    for first, count in ((6, 1), (5, 0), (5, 5), (9, 1)):
+        assert not held.strike_run(first, count)
+    assert held.outstanding == 4
+    assert held.strike_run(5, 1)
+    assert not held.strike_run(5, 1)
+    assert held.held(1) == (3, 30, 2.0)
+    assert held.strike_run(6, 3)
+    assert (held.outstanding, held.out().tolist()) == (0, [])
+    record(held, [5, 6])
+    assert held.strike(pack_tokens([6], [1])) == 1
+    assert not held.strike_run(5, 1)  # broken up: strike() alone knows it now
+    assert held.out().tolist() == [5]
 
 
 def test_what_is_not_out_counts_nothing() -> None:

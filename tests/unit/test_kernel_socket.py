@@ -220,6 +220,25 @@ def test_dontneed_answers_what_the_kernel_freed(kernel: ScriptedKernel, sock: Ke
     assert sock.stats.tokens_out == 0 == len(kernel.live)
 
 
+def test_release_while_another_thread_returns_some_of_the_tokens(kernel: ScriptedKernel, sock: KernelSocket) -> None:
+    """The last of 1600 go back by dontneed() after the first call of release()."""
+    kernel.queue.extend(pages(1600))
+    batch = sock.recv_frags(1600 * PAGE_SIZE)
+    returned: list[int] = []
+
+    def hook(name: str) -> None:
+        if name == "setsockopt" and len(kernel.dontneeds) == 1 and not returned:
+            returned.append(-1)
+            returned[0] = sock._inbound.tokens.strike(pack_tokens([1600], [1]))
+            kernel.live.discard(1600)
+
+    with calls.intercept(hook), pytest.raises(TokenError) as caught:
+        batch.release()
+    assert returned == [1]
+    assert (caught.value.asked, caught.value.freed) == (1600, 1599)
+    assert sock.stats.tokens_out == 0 == len(kernel.live)
+
+
 @pytest.mark.parametrize("raw", [b"", b"1234567", bytes(8 * 129)])
 def test_dontneed_refused_frees_nothing(kernel: ScriptedKernel, sock: KernelSocket, raw: bytes) -> None:
     kernel.queue.extend(pages(1))

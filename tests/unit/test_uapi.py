@@ -240,7 +240,7 @@ def test_parses_what_the_c_library_builds(name: str) -> None:
     assert parsed.tolist() == RECEIVED
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 100, 8192])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 100, 8192, 8193])
 def test_control_round_trip_of_every_size(count: int) -> None:
     frags = dmabuf_frags(count)
     control = socket.build_control(frags)
@@ -263,6 +263,28 @@ def test_frags_outlive_the_control_buffer(count: int) -> None:
     control[:] = bytes(len(control))
     control.clear()  # would raise BufferError if anything still looked at it
     assert np.array_equal(parsed, dmabuf_frags(count))
+
+
+def test_a_control_buffer_is_read_again_after_every_call() -> None:
+    control = bytearray(20 * socket.CONTROL_SPACE_PER_FRAG + 7)
+    columns = socket.ControlColumns(control)
+    wanted: list[Any] = []
+    parsed: list[Any] = []
+    for count in (20, 1, 0, 13, 4, 20):
+        frags = dmabuf_frags(count)
+        frags["token"] += len(wanted)
+        frags["kind"][::3] = LINEAR if count == 13 else DMABUF
+        raw = socket.build_control(frags)
+        control[: len(raw)] = raw
+        wanted.append(socket.parse_control(raw, len(raw)).tolist())
+        parsed.append(columns.parse(len(raw)))
+    assert [frags.tolist() for frags in parsed] == wanted  # none changed with the buffer
+
+
+@pytest.mark.parametrize("length", [-40, 47, 80])
+def test_columns_refuse_a_length_outside_their_buffer(length: int) -> None:
+    with pytest.raises(ValueError, match="not within the 46 bytes"):
+        socket.ControlColumns(bytes(46)).parse(length)
 
 
 @pytest.mark.parametrize("count", [2, 20])

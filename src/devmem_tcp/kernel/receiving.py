@@ -19,7 +19,7 @@ from devmem_tcp.sansio.tokens import dontneed_calls, run_of, token_array
 from devmem_tcp.sys import calls
 from devmem_tcp.sys.messages import ReceivedMessage
 from devmem_tcp.types import FRAG_DTYPE, BatchOwner, FragArray, FragBatch, FragKind, TokenRangeArray
-from devmem_tcp.uapi.socket import CONTROL_SPACE_PER_FRAG, MSG_SOCK_DEVMEM, parse_control
+from devmem_tcp.uapi.socket import CONTROL_SPACE_PER_FRAG, DMABUF_TOKEN, MAX_DONTNEED_FRAGS, MSG_SOCK_DEVMEM
 
 _RECEIVE: Final = "recvmsg(MSG_SOCK_DEVMEM)"
 _MAX_READ_BYTES: Final = 1 << 30  # of one call, which would come back short all the same
@@ -42,7 +42,7 @@ class Inbound:
         # back, so a reader may have it while the thread that returned it has yet to strike it out.
         self._lock = threading.Lock()
         self.tokens = HeldTokens()
-        self.dmabuf_bytes = self.linear_bytes = self.host_bytes = self.frags = 0
+        self.dmabuf_bytes = self.linear_bytes = self.host_bytes = self.frags = self.dontneed_calls = 0
 
     def receive(self, flags: int, max_bytes: int, max_frags: int, owner: BatchOwner) -> FragBatch:
         """Receive what is there, at most ``max_bytes``; an empty batch is the end of stream.
@@ -64,12 +64,10 @@ class Inbound:
             taken = calls.receive_message(self._sock, message, flags | MSG_SOCK_DEVMEM)
         except OSError as error:
             raise _explain(error) from None
-        used = message.control_length
-        if used:
-            frags = parse_control(message.control, used)
-            if len(frags):
-                return self._landed(frags, taken, owner)
-        return self._host(taken, owner) if taken else FragBatch(np.empty(0, FRAG_DTYPE), 0, _NO_INLINE, None)
+        frags = message.frags()
+        if len(frags):
+            return self._landed(frags, taken, owner)
+        return self._host(taken, owner) if taken else FragBatch(frags, 0, _NO_INLINE, None)
 
     def _landed(self, frags: FragArray, taken: int, owner: BatchOwner) -> FragBatch:
         """Make a batch of devmem data, and note its tokens."""
@@ -136,13 +134,42 @@ class Inbound:
         """
         raw = tokens if isinstance(tokens, bytes) else token_array(tokens).tobytes()
         with self._lock:
-            try:
-                freed = calls.return_tokens(self._sock, raw)
-            except OSError as error:
-                number = error.errno or 0
-                hint = _DONTNEED_HINTS.get(number, "")
-                raise KernelError(number, "setsockopt(SO_DEVMEM_DONTNEED)", hint=hint) from None
+            freed = self._give_back(raw)
             self.tokens.strike(token_array(tokens))
+        return freed
+
+    def release(self, frags: FragArray) -> tuple[int, int]:
+        """Return the tokens of a batch, in as few calls as their limits allow.
+
+        Returns:
+            How many there are, and how many of them the kernel freed.
+
+        Raises:
+            KernelError: as ``dontneed``; what was returned before is struck out.
+        """
+        run = self.tokens.run_of(frags)
+        if run is None:
+            tokens = frags["token"]
+            return int(np.count_nonzero(tokens)), sum([self.dontneed(ranges) for ranges in dontneed_calls(tokens)])
+        first, count = run
+        freed = 0
+        for at in range(0, count, MAX_DONTNEED_FRAGS):
+            part = first + at, min(count - at, MAX_DONTNEED_FRAGS)
+            raw = DMABUF_TOKEN.pack(*part)
+            with self._lock:
+                freed += self._give_back(raw)
+                if not self.tokens.strike_run(*part):  # another thread returned some of them by dontneed()
+                    self.tokens.strike(token_array(raw))
+        return count, freed
+
+    def _give_back(self, ranges: bytes) -> int:
+        try:
+            freed = calls.return_tokens(self._sock, ranges)
+        except OSError as error:
+            number = error.errno or 0
+            hint = _DONTNEED_HINTS.get(number, "")
+            raise KernelError(number, "setsockopt(SO_DEVMEM_DONTNEED)", hint=hint) from None
+        self.dontneed_calls += 1
         return freed
 
     def return_all(self) -> None:

@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar, TypeVarTuple
 
-import numpy as np
-
 from devmem_tcp import contract
 from devmem_tcp.contract import DEFAULT_MAX_BYTES, DEFAULT_MAX_FRAGS
 from devmem_tcp.endpoints import WaitLimits, congestion_control, plain, show
@@ -31,7 +29,6 @@ from devmem_tcp.kernel.attachment import Registry
 from devmem_tcp.kernel.receiving import Inbound
 from devmem_tcp.kernel.sending import Outbound, Pieces
 from devmem_tcp.kernel.starvation import starvation
-from devmem_tcp.sansio.tokens import dontneed_calls, run_calls
 from devmem_tcp.sys import calls
 from devmem_tcp.types import Address, CompletionRange, FragBatch, SocketStats, TokenHolder, TokenRangeArray
 from devmem_tcp.uapi.socket import CONTROL_SPACE_PER_FRAG, SO_INCOMING_NAPI_ID
@@ -73,7 +70,6 @@ class KernelSocket(contract.DevmemSocket):
         self._limits = WaitLimits(sock)
         self._queue = -1
         self._recv_calls = 0
-        self._dontneed_calls = 0
         self._key = registry.add(self)
         self._closed = False
 
@@ -150,18 +146,14 @@ class KernelSocket(contract.DevmemSocket):
     def dontneed(self, tokens: TokenRangeArray | bytes) -> int:
         self._check_open()
         freed = self._inbound.dontneed(tokens)
-        self._dontneed_calls += 1
         self._registry.look_for_drained()
         return freed
 
     def release(self, batch: FragBatch) -> None:
         if self._closed:
             return
-        frags = batch.frags
-        run = self._inbound.tokens.run_of(frags)
-        asked = run[1] if run is not None else int(np.count_nonzero(frags["token"]))
-        returned = run_calls(*run) if run is not None else dontneed_calls(frags["token"])
-        freed = sum([self.dontneed(ranges) for ranges in returned])
+        asked, freed = self._inbound.release(batch.frags)
+        self._registry.look_for_drained()
         if freed != asked:
             raise TokenError(
                 f"{asked} tokens of a batch were returned and {freed} of them were out",
@@ -326,7 +318,7 @@ class KernelSocket(contract.DevmemSocket):
             host_bytes=inbound.host_bytes,
             frags=inbound.frags,
             recv_calls=self._recv_calls,
-            dontneed_calls=self._dontneed_calls,
+            dontneed_calls=inbound.dontneed_calls,
             tokens_out=inbound.tokens.outstanding,
             sent_dmabuf_bytes=outbound.dmabuf_bytes,
             sent_host_bytes=outbound.host_bytes,

@@ -6,7 +6,7 @@ rules (see ``sansio.tokens``).
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +20,8 @@ _OUT: Final = 1
 _FIRST_CAPACITY: Final = 2048  # more than one recvmsg brings by default
 
 
-class _Run(NamedTuple):
-    """Tokens that are neighbours, one of each frag, all of them out; when they were issued."""
-
-    frags: FragArray
-    issued_at: float
+_Run: TypeAlias = tuple[FragArray, float]
+"""Frags whose tokens are neighbours, all of them out; when they were issued."""
 
 
 class HeldTokens:
@@ -66,7 +63,7 @@ class HeldTokens:
         if run is None:
             self._note(frags, now)
         else:
-            self._runs[run[0]] = _Run(frags, now)
+            self._runs[run[0]] = frags, now
 
     def _note(self, frags: FragArray, now: float) -> None:
         """Give each token its row."""
@@ -81,15 +78,15 @@ class HeldTokens:
 
     def _break_up_runs(self) -> None:
         """Give each token of every run its row. In between, a token is in both places rather than in none."""
-        for first, run in list(self._runs.items()):
-            self._note(run.frags, run.issued_at)
+        for first, (frags, issued_at) in list(self._runs.items()):
+            self._note(frags, issued_at)
             del self._runs[first]
 
     def run_of(self, frags: FragArray) -> tuple[int, int] | None:
         """Return (first, count) if the tokens of these very frags were recorded as a run and all of them are out."""
         first = frags["token"].item(0) if len(frags) else 0
         run = self._runs.get(first)
-        return (first, len(frags)) if run is not None and run.frags is frags else None
+        return (first, len(frags)) if run is not None and run[0] is frags else None
 
     def strike(self, ranges: TokenRangeArray) -> int:
         """Strike out tokens that are given back, by the rules of one SO_DEVMEM_DONTNEED call; returns how many.
@@ -100,12 +97,7 @@ class HeldTokens:
         if len(ranges) == 1:
             start, count = ranges.item(0)
             count = min(count, MAX_DONTNEED_FRAGS)
-            run = self._runs.get(start)
-            if run is not None and 0 < count <= len(run.frags):
-                if count < len(run.frags):
-                    self._runs[start + count] = _Run(run.frags[count:], run.issued_at)
-                del self._runs[start]
-                self.outstanding -= count
+            if self.strike_run(start, count):
                 return count
         self._break_up_runs()
         named = named_tokens(ranges, len(self._states))
@@ -113,6 +105,18 @@ class HeldTokens:
         self._states[out] = _FREE
         self.outstanding -= len(out)
         return len(out)
+
+    def strike_run(self, first: int, count: int) -> bool:
+        """Strike out the first ``count`` tokens of the run that starts with ``first``; False: there is no such run."""
+        run = self._runs.get(first)
+        if run is None or not 0 < count <= len(run[0]):
+            return False
+        frags, issued_at = run
+        if count < len(frags):
+            self._runs[first + count] = frags[count:], issued_at
+        del self._runs[first]
+        self.outstanding -= count
+        return True
 
     def out(self) -> U32Array:
         """Return the tokens that are out, ascending, shape (n,)."""
@@ -128,9 +132,9 @@ class HeldTokens:
         capacity = min(len(states), len(ids), len(sizes), len(issued_at))  # they may have grown in between
         out = np.flatnonzero((states[:capacity] == _OUT) & (ids[:capacity] == dmabuf_id))
         count, size, oldest = len(out), int(sizes[out].sum(dtype=np.uint64)), issued_at[out].min(initial=np.inf)
-        for run in list(self._runs.values()):
-            ours = run.frags["size"][run.frags["dmabuf_id"] == dmabuf_id]
+        for frags, since in list(self._runs.values()):
+            ours = frags["size"][frags["dmabuf_id"] == dmabuf_id]
             if len(ours):
                 count, size = count + len(ours), size + int(ours.sum(dtype=np.uint64))
-                oldest = min(oldest, run.issued_at)
+                oldest = min(oldest, since)
         return (count, size, float(oldest)) if count else (0, 0, 0.0)

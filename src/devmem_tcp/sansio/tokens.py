@@ -33,6 +33,9 @@ _ROW_DTYPE: Final = np.dtype(
 )
 _CALL: Final = "setsockopt(SO_DEVMEM_DONTNEED)"
 _NUMBERS: Final = 1 << 32
+_LADDER_TOKENS: Final = 1 << 16
+_LADDER: Final = np.arange(_LADDER_TOKENS, dtype="<u4").tobytes()  # every token below that: what a run is a part of
+_TOKEN_BYTES: Final = 4
 
 
 class Returned(NamedTuple):
@@ -175,9 +178,14 @@ def run_of(tokens: U32Array) -> tuple[int, int] | None:
     if not count:
         return None
     first = tokens.item(0)
-    if not first or tokens.item(-1) - first != count - 1 or not (tokens[1:] > tokens[:-1]).all():
+    if not first or tokens.item(-1) - first != count - 1:
         return None
-    return first, count
+    if first + count <= _LADDER_TOKENS:
+        # Bytes are compared without a ufunc; see ControlColumns for why.
+        neighbours = _LADDER.startswith(tokens.tobytes(), first * _TOKEN_BYTES)
+    else:
+        neighbours = bool((tokens[1:] > tokens[:-1]).all())
+    return (first, count) if neighbours else None
 
 
 def _expand(tokens: TokenRangeArray) -> npt.NDArray[np.int64]:

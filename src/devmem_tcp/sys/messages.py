@@ -11,8 +11,16 @@ from typing import Final
 
 import numpy as np
 
-from devmem_tcp.types import U8Array, U64Array
-from devmem_tcp.uapi.socket import CMSG_HEADER_SIZE, CMSGHDR, MAX_IOVECS, SCM_DEVMEM_DMABUF, SOL_SOCKET, align_control
+from devmem_tcp.types import FragArray, U8Array, U64Array
+from devmem_tcp.uapi.socket import (
+    CMSG_HEADER_SIZE,
+    CMSGHDR,
+    MAX_IOVECS,
+    SCM_DEVMEM_DMABUF,
+    SOL_SOCKET,
+    ControlColumns,
+    align_control,
+)
 
 _ID_BYTES: Final = 4  # what follows SCM_DEVMEM_DMABUF's header in a sendmsg: u32 dmabuf_id; net/core/sock.c
 
@@ -43,11 +51,12 @@ class ReceivedMessage:
     After the call ``control_length`` bytes of ``control`` are valid, and of ``data`` as many as the call says.
     """
 
-    __slots__ = ("_header", "_iov", "address", "control", "data")
+    __slots__ = ("_columns", "_header", "_iov", "address", "control", "data")
 
     def __init__(self) -> None:
         self.data = memoryview(b"")
         self.control = memoryview(b"")
+        self._columns = ControlColumns(b"")
         self._iov = _IoVec()
         self._header = _MsgHdr(iov=ctypes.addressof(self._iov), iov_length=1)
         self.address: Final = ctypes.addressof(self._header)
@@ -60,6 +69,7 @@ class ReceivedMessage:
         if control_size > len(self.control):
             control = np.empty(control_size, np.uint8)
             self.control, self._header.control = control.data, control.ctypes.data
+            self._columns = ControlColumns(self.control)
         self._iov.length = data_size
         self._header.control_length = control_size
 
@@ -71,6 +81,10 @@ class ReceivedMessage:
     @control_length.setter
     def control_length(self, length: int) -> None:
         self._header.control_length = length
+
+    def frags(self) -> FragArray:
+        """Return what the control messages tell of: a copy, shape (n,), dtype FRAG_DTYPE; see ``parse_control``."""
+        return self._columns.parse(self.control_length)
 
 
 class OffsetsMessage:

@@ -63,10 +63,10 @@ CONTROL_SPACE_PER_FRAG: Final = CMSG_HEADER_SIZE + DMABUF_CMSG_DTYPE.itemsize  #
 
 _RECORD_DTYPE: Final = np.dtype([("header", CMSGHDR_DTYPE), ("frag", FRAG_DTYPE)])
 _WORDS_PER_RECORD: Final = CONTROL_SPACE_PER_FRAG // 8
-_HEADER_WORDS: Final = CMSG_HEADER_SIZE // 8
-_DMABUF_HEADER: Final = CMSGHDR.pack(CONTROL_SPACE_PER_FRAG, SOL_SOCKET, SCM_DEVMEM_DMABUF)
 _DMABUF_WORD: Final = SOL_SOCKET | SCM_DEVMEM_DMABUF << 32  # cmsg_level and cmsg_type as one little-endian u64
 _LINEAR_WORD: Final = SOL_SOCKET | SCM_DEVMEM_LINEAR << 32
+_REPEATS: Final = 8192
+_REPEATED: Final = {word: word.to_bytes(8, "little") * _REPEATS for word in (CONTROL_SPACE_PER_FRAG, _DMABUF_WORD)}
 _CMSG_ALIGNMENT: Final = 8  # CMSG_ALIGN: sizeof(long)
 _FEW_FRAGS: Final = 3  # below this many, a walk in Python is quicker than the fixed cost of NumPy calls
 _MAX_U32: Final = 0xFFFFFFFF
@@ -122,44 +122,63 @@ def parse_control(control: Buffer, length: int) -> npt.NDArray[np.void]:
     Raises:
         ValueError: as ``walk_control``, or a devmem message shorter than struct dmabuf_cmsg.
     """
-    _check_length(control, length)
-    count, rest = divmod(length, CONTROL_SPACE_PER_FRAG)
-    if rest or count < _FEW_FRAGS:
-        return _parse_one_by_one(control, length)
-    words = np.frombuffer(control, "<u8", count * _WORDS_PER_RECORD).reshape(count, _WORDS_PER_RECORD)
-    if _are_all_dmabuf(words):
-        frags = _copy_frags(words)
-        frags["kind"] = SCM_DEVMEM_DMABUF
+    return ControlColumns(control).parse(length)
+
+
+class ControlColumns:
+    """A control buffer that is used for one recvmsg after another: its columns are cut once, and read every time.
+
+    What a call into NumPy costs after a wait, with the processor's caches cold, is many times what it does: so there
+    are few, and the same ones for any number of frags. They go along columns, as NumPy is slow over narrow rows.
+
+    Args:
+        control: one contiguous range of bytes; kept.
+    """
+
+    __slots__ = ("_control", "_data", "_lengths", "_types")
+
+    def __init__(self, control: Buffer) -> None:
+        self._control = control
+        count = memoryview(control).nbytes // CONTROL_SPACE_PER_FRAG
+        words = np.frombuffer(control, "<u8", count * _WORDS_PER_RECORD).reshape(count, _WORDS_PER_RECORD)
+        halves = words.view("<u4")
+        self._lengths, self._types = words[:, 0], words[:, 1]
+        # As a frag has them: frag_offset; frag_size and frag_token; dmabuf_id; cmsg_type.
+        self._data = (words[:, 2], words[:, 3], halves[:, 8], halves[:, 3])
+
+    def parse(self, length: int) -> npt.NDArray[np.void]:
+        """Parse what one recvmsg left in the buffer; see ``parse_control``."""
+        count, rest = divmod(length, CONTROL_SPACE_PER_FRAG)
+        if rest or not _FEW_FRAGS <= count <= len(self._lengths):
+            return _parse_one_by_one(self._control, length)
+        lengths, types = self._lengths[:count], self._types[:count]
+        if _are_all(lengths, CONTROL_SPACE_PER_FRAG) and _are_all(types, _DMABUF_WORD):
+            return self._copy(count)
+        linear = types == _LINEAR_WORD
+        expected = (lengths == CONTROL_SPACE_PER_FRAG) & (linear | (types == _DMABUF_WORD))
+        if not expected.all():
+            return _parse_one_by_one(self._control, length)
+        frags = self._copy(count)
+        at = linear.nonzero()[0]
+        sizes = frags["size"][at]
+        frags["offset"][at] = sizes.cumsum(dtype=np.uint64) - sizes
+        frags["token"][at] = 0
+        frags["dmabuf_id"][at] = 0
         return frags
-    linear = words[:, 1] == _LINEAR_WORD
-    expected = (words[:, 0] == CONTROL_SPACE_PER_FRAG) & (linear | (words[:, 1] == _DMABUF_WORD))
-    if not expected.all():
-        return _parse_one_by_one(control, length)
-    frags = _copy_frags(words)
-    frags["kind"] = np.where(linear, SCM_DEVMEM_LINEAR, SCM_DEVMEM_DMABUF)
-    at = linear.nonzero()[0]
-    sizes = frags["size"][at]
-    frags["offset"][at] = sizes.cumsum(dtype=np.uint64) - sizes
-    frags["token"][at] = 0
-    frags["dmabuf_id"][at] = 0
-    return frags
+
+    def _copy(self, count: int) -> npt.NDArray[np.void]:
+        frags = np.empty(count, FRAG_DTYPE)
+        at = 0
+        for column in self._data:
+            frags.setfield(column[:count], column.dtype, at)
+            at += column.itemsize
+        return frags
 
 
-# These two take one column after the other: NumPy is quick along a column, and slow over narrow rows.
-
-
-def _are_all_dmabuf(words: npt.NDArray[np.uint64]) -> bool:
-    """Whether all records, shape (n, 5) in words of 8 bytes, have the header of a DMABUF message."""
-    first, second = _DMABUF_HEADER[:8] * len(words), _DMABUF_HEADER[8:] * len(words)
-    return words[:, 0].tobytes() == first and words[:, 1].tobytes() == second
-
-
-def _copy_frags(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.void]:
-    """Copy the data of uniform records, shape (n, 5) in words of 8 bytes, to shape (n,), dtype FRAG_DTYPE."""
-    data = np.empty((len(words), _WORDS_PER_RECORD - _HEADER_WORDS), np.uint64)
-    for at in range(_WORDS_PER_RECORD - _HEADER_WORDS):
-        data[:, at] = words[:, _HEADER_WORDS + at]
-    return data.view(FRAG_DTYPE)[:, 0]
+def _are_all(column: npt.NDArray[np.uint64], word: int) -> bool:
+    """Whether all of a column, shape (n,), are one of the two words of a DMABUF message's header."""
+    repeated = _REPEATED[word] if len(column) <= _REPEATS else word.to_bytes(8, "little") * len(column)
+    return repeated.startswith(column.tobytes())
 
 
 def _parse_one_by_one(control: Buffer, length: int) -> npt.NDArray[np.void]:
