@@ -18,7 +18,8 @@ MIB = 1 << 20
 def receiving(**options: Any) -> Iterator[Receiver]:
     """A receiver on a NIC of its own, not driven by anybody yet."""
     software = options.pop("software", None)
-    options = {"listen": LOOPBACK, "size": 4 * MIB} | options
+    options.setdefault("listen", LOOPBACK)
+    options.setdefault("size", 4 * MIB)
     with dmt.open_nic("soft0", backend="software", software=software) as nic, open_receiver(nic, **options) as receiver:
         yield receiver
 
@@ -26,7 +27,8 @@ def receiving(**options: Any) -> Iterator[Receiver]:
 @contextlib.contextmanager
 def sending(to: Receiver, **options: Any) -> Iterator[Sender]:
     """A sender to a receiver that is driven."""
-    options = {"to": to.address, "size": 4 * MIB} | options
+    options.setdefault("to", to.address)
+    options.setdefault("size", 4 * MIB)
     with dmt.open_nic("soft1", backend="software") as nic, open_sender(nic, **options) as sender:
         yield sender
 

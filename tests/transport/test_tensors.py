@@ -23,7 +23,7 @@ from devmem_tcp.errors import (
     Timeout,
 )
 from devmem_tcp.software.options import SoftwareOptions
-from devmem_tcp.transport import Message, open_receiver, open_sender
+from devmem_tcp.transport import Message, Sender, open_receiver, open_sender
 from devmem_tcp.transport.checksums import available_checksums
 from tensor_ends import MIB, Driven, receiving, sending, session
 
@@ -358,10 +358,14 @@ def test_settings_and_memory_are_given_back() -> None:
 
 
 def test_a_sender_that_is_closed_by_an_error_tells_the_receiver_so() -> None:
+    def fail(sender: Sender) -> None:
+        sender.send(b"a session stands", confirm=True).wait_delivered(10)
+        raise RuntimeError("the program's own")
+
     with receiving() as receiver:
         driven = Driven(receiver, copied)
-        with pytest.raises(ZeroDivisionError), sending(receiver) as sender:
-            sender.send(bytes(1 // 0))
+        with pytest.raises(RuntimeError, match="the program's own"), sending(receiver) as sender:
+            fail(sender)
         with pytest.raises(BrokenError, match="the sender was closed"):
             driven.join()
 

@@ -14,7 +14,10 @@ from devmem_tcp.cli import failure
 VERBS: Final = {
     "recv": "Receive a TCP stream into device memory and write it to a file or stdout.",
     "send": "Send a file, stdin or a pattern from device memory.",
+    "serve": "Offer the tensors of safetensors files to whoever fetches them.",
+    "fetch": "Fetch tensors from a server into device memory, and from there to a safetensors file.",
     "demo": "Move a real file between two processes, verify it, and explain what happened.",
+    "bench": "Measure throughput, round trips, CPU time and many connections, here or between two machines.",
     "doctor": "Say what this machine and a NIC need for devmem TCP, and put settings back after a crash.",
     "broker": "Bind and steer for programs without CAP_NET_ADMIN, as an administrator's file allows.",
     "lab": "Boot a real kernel on NICs written in Python: devmem TCP without the hardware.",

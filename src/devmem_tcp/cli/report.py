@@ -85,7 +85,7 @@ _encoder: Final = msgspec.json.Encoder()
 _decoder: Final[msgspec.json.Decoder[Event]] = msgspec.json.Decoder(Event)
 
 
-def print_json(event: Event) -> None:
+def print_json(event: msgspec.Struct) -> None:
     """Print an event as one line of JSON on stdout, at once."""
     click.echo(_encoder.encode(event))
     sys.stdout.flush()

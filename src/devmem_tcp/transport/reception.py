@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 from devmem_tcp.buffers import Buffer
 from devmem_tcp.contract import DevmemSocket, Listener
 from devmem_tcp.endpoints import is_loopback, plain
-from devmem_tcp.errors import BrokenError, DevmemError, NotZeroCopy, RemoteProtocolError
+from devmem_tcp.errors import BrokenError, DevmemError, NotZeroCopy, RemoteProtocolError, SteeringWarning
 from devmem_tcp.sansio.frames import NONCE_BYTES, Role
 from devmem_tcp.sansio.handshake import (
     PREAMBLE_BYTES,
@@ -223,10 +224,17 @@ class Reception:
 
     # --- data connections ---
 
+    def _accept_lane(self) -> DevmemSocket:
+        """Accept a data connection; a sender's need not be steered: nothing comes back but acknowledgements."""
+        with warnings.catch_warnings():
+            if self._role is Role.SENDER:
+                warnings.simplefilter("ignore", SteeringWarning)
+            return self._data.accept()
+
     def _accept_data(self) -> None:
         for _ in range(_ACCEPTS_A_TURN):
             try:
-                sock = self._data.accept()
+                sock = self._accept_lane()
             except BlockingIOError:
                 return
             except ConnectionError as error:  # gone before it said anything
