@@ -95,13 +95,14 @@ def test_metadata_and_the_proof_of_path_come_with_the_message() -> None:
     def act(message: Message) -> Any:
         path = message.path
         assert message.gather().nbytes == MIB
-        return message.metadata, message.backend, path.dmabuf, path.linear, path.host, path.copied
+        assert path.copied < 4096  # what the read before it may have left in its last page
+        return message.metadata, message.backend, path.dmabuf, path.linear, path.host
 
     with session(act) as (sender, driven):
         sender.send(pattern(MIB), metadata={"step": 3, "of": [1, 2]})
         (stats,) = sender.stats()
         assert stats.sent_dmabuf_bytes == MIB
-    assert driven.results == [({"step": 3, "of": [1, 2]}, "software", MIB, 0, 0, 0)]
+    assert driven.results == [({"step": 3, "of": [1, 2]}, "software", MIB, 0, 0)]
 
 
 def test_a_message_larger_than_the_buffer_is_copied_out_as_it_comes() -> None:
