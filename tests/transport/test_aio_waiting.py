@@ -163,7 +163,7 @@ def test_an_end_with_nothing_to_do_does_nothing(monkeypatch: pytest.MonkeyPatch)
     step = Engine.step
 
     def counted(self: Engine, timeout_s: float | None, slice_s: float | None = None) -> None:
-        assert (timeout_s, self.poller.patience_s) == (0, 0)  # nothing waits but the loop
+        assert (timeout_s, self.may_block) == (0, False)  # nothing waits but the loop
         steps.append(self)
         step(self, timeout_s, slice_s)
 

@@ -17,8 +17,6 @@ from devmem_tcp.sys import calls
 from devmem_tcp.transport.poller import READABLE, Poller
 from devmem_tcp.transport.waiting import Until, Verb
 
-_PATIENCE_S: Final = 0.05  # of one call, in which nothing else is seen to
-
 Result = TypeVar("Result")
 
 
@@ -36,6 +34,7 @@ class Engine(ABC):
     def __init__(self) -> None:
         self.poller: Final = Poller()
         self.closed = False
+        self.may_block = False  #: whether the driver blocks, for one session alone: then a read may wait for a moment
         self._thread = threading.get_ident()
         self._wake_fd = calls.eventfd_create()
         try:
@@ -102,7 +101,7 @@ class Engine(ABC):
 
         Raises: what the verb does.
         """
-        self.poller.patience_s = _PATIENCE_S if self._alone else 0.0
+        self.may_block = self._alone
         try:
             wanted = next(verb)
             while True:

@@ -63,11 +63,8 @@ class Landing(ABC):
         self.counted = True  #: as one of the messages that the receiver holds
 
     @abstractmethod
-    def receive(self, sock: DevmemSocket, offset: int, size: int, patience_s: float) -> int:
+    def receive(self, sock: DevmemSocket, offset: int, size: int) -> int:
         """Receive up to ``size`` bytes, which are the message's from ``offset`` on; 0: the lane has ended.
-
-        Args:
-            patience_s: how long it may wait for all of them, once there are some; it need not.
 
         Raises:
             BlockingIOError: nothing is there.
@@ -106,18 +103,9 @@ class PlacedLanding(Landing):
         self._view = place.view()
         share.hold_pages(self._pages)
 
-    def receive(self, sock: DevmemSocket, offset: int, size: int, patience_s: float) -> int:
+    def receive(self, sock: DevmemSocket, offset: int, size: int) -> int:
         if sock.lands_in is self._place.binding:
-            if patience_s:
-                sock.settimeout(patience_s)
-                try:
-                    taken = sock.recv_placed(self._place, offset, size, all=True)
-                except Timeout:
-                    raise BlockingIOError from None
-                finally:
-                    sock.settimeout(0)
-            else:
-                taken = sock.recv_placed(self._place, offset, size)
+            taken = sock.recv_placed(self._place, offset, size)
             self.path.dmabuf += taken
             return taken
         with sock.recv_frags(size) as batch:  # for once it lands elsewhere
@@ -126,6 +114,23 @@ class PlacedLanding(Landing):
             window = np.frombuffer(self._view, np.uint8)[offset : offset + batch.nbytes]
             copy_batch(batch, self._share.buffer, window)
             return batch.nbytes
+
+    def receive_all(self, sock: DevmemSocket, patience_s: float) -> int:
+        """Receive the whole message in one call, which may wait for it so long; fewer bytes: the time was over.
+
+        Raises:
+            BlockingIOError: nothing came.
+            LocalProtocolError: it cannot land here.
+        """
+        sock.settimeout(patience_s)
+        try:
+            taken = sock.recv_placed(self._place, 0, self.nbytes, all=True)
+        except Timeout:
+            raise BlockingIOError from None
+        finally:
+            sock.settimeout(0)
+        self.path.dmabuf += taken
+        return taken
 
     def contiguous(self) -> memoryview | None:
         return self._view
@@ -152,7 +157,7 @@ class FragLanding(Landing):
         self._pages = 0
         self._moved: memoryview | None = None
 
-    def receive(self, sock: DevmemSocket, offset: int, size: int, patience_s: float) -> int:
+    def receive(self, sock: DevmemSocket, offset: int, size: int) -> int:
         batch = sock.recv_frags(size)
         taken = batch.nbytes
         self.path.count(batch)
@@ -247,7 +252,7 @@ class IntoLanding(Landing):
         self._target = target
         self._bytes: U8Array = np.frombuffer(target, np.uint8)
 
-    def receive(self, sock: DevmemSocket, offset: int, size: int, patience_s: float) -> int:
+    def receive(self, sock: DevmemSocket, offset: int, size: int) -> int:
         with sock.recv_frags(size) as batch:
             self.path.count(batch)
             self.path.copied += batch.nbytes

@@ -23,7 +23,6 @@ class Poller:
     def __init__(self) -> None:
         self._epoll = calls.epoll_create()
         self._handlers: dict[int, tuple[int, Handler]] = {}
-        self.patience_s = 0.0  #: how long a handler may wait in a system call of its own: not at all, or a blink
         self._postponed: list[tuple[int, int]] = []  # events that the last step had no time for
 
     def fileno(self) -> int:

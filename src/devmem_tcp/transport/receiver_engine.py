@@ -145,8 +145,7 @@ class ReceiverEngine(Engine):
         )
         if not link.ended:
             self._links.append(link)
-            if not self._alone:
-                self.poller.patience_s = 0.0
+            self.may_block = self.may_block and self._alone
 
     def _ended(self, link: Link) -> None:
         if link in self._links:
@@ -201,7 +200,7 @@ class ReceiverEngine(Engine):
 
     def take_next(self) -> Message | None:
         """Return the next message of a series, if one is under way with the only sender; may wait for a moment."""
-        if self._ready or self._returned or len(self._links) != 1 or not self.poller.patience_s:
+        if self._ready or self._returned or len(self._links) != 1 or not self.may_block:
             return None
         return self._links[0].receive_next()
 

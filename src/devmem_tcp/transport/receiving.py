@@ -93,7 +93,6 @@ class ReceiverLink(Link):
         self._on_answer = on_answer
         self.engine: Final = engine
         self._headers: dict[int, MessageAnnounced] = {}  # of messages on their way
-        self._delivered = 0
         self._in_frags: set[FragLanding] = set()  # of messages delivered and not given back
         self._prepared: tuple[PlacedLanding, Message] | None = None  # for the next message of a series
         self._came = False  # it has come, and the session does not know yet
@@ -108,23 +107,18 @@ class ReceiverLink(Link):
     def pull(self, lane: int) -> None:
         """Read what a lane has, but no more than its turn."""
         self.settle_next()
-        left, patience_s, delivered = _BYTES_A_TURN, self._patience_s, self._delivered
+        left = _BYTES_A_TURN
         while left > 0 and not self.ended:
             try:
-                taken = self._pull_piece(lane, patience_s)
+                taken = self._pull_piece(lane)
             except (DevmemError, OSError) as error:  # of this session alone
                 self.fail(error)
                 return
-            if not taken or (patience_s and self._delivered > delivered):
+            if not taken:
                 return
             left -= taken + _BYTES_A_PIECE
 
-    @property
-    def _patience_s(self) -> float:
-        """How long a read may wait for the rest of a piece: not while another lane may have bytes."""
-        return self._poller.patience_s if len(self.lanes) == 1 else 0.0
-
-    def _pull_piece(self, lane: int, patience_s: float) -> int:
+    def _pull_piece(self, lane: int) -> int:
         """Read a lane's next piece, as far as it has come; answers how many bytes."""
         piece = self._session.expected(lane)
         if piece is None:
@@ -133,10 +127,7 @@ class ReceiverLink(Link):
         sock = self.lanes[lane]
         landing = self._landing_of(piece.message_id) if piece.wanted else None
         try:
-            if landing is None:
-                taken = sock.discard(piece.size)
-            else:
-                taken = landing.receive(sock, piece.offset, piece.size, patience_s)
+            taken = sock.discard(piece.size) if landing is None else landing.receive(sock, piece.offset, piece.size)
         except BlockingIOError:
             return 0
         except KernelError:
@@ -215,7 +206,7 @@ class ReceiverLink(Link):
             return None
         landing, message = prepared
         try:
-            taken = landing.receive(self.lanes[0], 0, landing.nbytes, _QUICK_PATIENCE_S)
+            taken = landing.receive_all(self.lanes[0], _QUICK_PATIENCE_S)
         except (LocalProtocolError, OSError):
             return None  # the long way says what is wrong, if anything is
         if taken == landing.nbytes:
@@ -289,7 +280,6 @@ class ReceiverLink(Link):
                     f"{header.checksum_kind.value} is {found.hex()}, the sender's {event.checksum.hex()}"
                 )
             self._session.verified(event.message_id)
-        self._delivered += 1
         if isinstance(landing, FragLanding):
             self._in_frags.add(landing)
         self._deliver(Message(self, event.message_id, header, landing, event.checksum))

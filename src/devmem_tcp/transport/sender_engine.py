@@ -117,8 +117,6 @@ class SenderEngine(Engine):
         )
         if not link.ended:
             self._links.append(link)
-            if not self._alone:
-                self.poller.patience_s = 0.0
             self._on_session(link)
 
     def _ended(self, link: Link) -> None:

@@ -11,7 +11,7 @@ import msgspec
 
 from devmem_tcp.arrays import ArrayType
 from devmem_tcp.contract import DevmemSocket
-from devmem_tcp.errors import ClosedError, DevmemError, KernelError, OutOfDeviceMemory, Timeout
+from devmem_tcp.errors import ClosedError, DevmemError, KernelError, OutOfDeviceMemory
 from devmem_tcp.sansio.frames import ChecksumKind
 from devmem_tcp.sansio.handshake import Agreed
 from devmem_tcp.sansio.outgoing import Piece
@@ -139,9 +139,8 @@ class SenderLink(Link):
         lane = self._session.series_lane
         sock = self.lanes[lane]
         try:
-            sock.settimeout(self._poller.patience_s)
             taken = sock.send_frags(self.outbox.binding, (window.offset,), (header.nbytes,))
-        except (BlockingIOError, Timeout, KernelError, ConnectionError):
+        except (BlockingIOError, KernelError, ConnectionError):
             return None  # the long way says what is wrong, if anything is
         now = time.monotonic()
         if taken == header.nbytes:
@@ -238,9 +237,8 @@ class SenderLink(Link):
         window, offset, size = where
         sock = self.lanes[lane]
         try:
-            sock.settimeout(self._poller.patience_s if len(self.lanes) == 1 else 0)
             taken = sock.send_frags(self.outbox.binding, (offset,), (size,))
-        except (BlockingIOError, Timeout):
+        except BlockingIOError:
             self._full.add(lane)
             return False
         except KernelError as error:
