@@ -15,7 +15,7 @@ LIMIT_S = 30.0
 
 def program(port: int) -> str:
     accepting = "listener.accept() as sock"
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    blocks: list[str] = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     (text,) = (block.replace("5201", str(port)) for block in blocks if accepting in block)
     return text.replace(accepting, f"print('listening', flush=True) or {accepting}")
 
