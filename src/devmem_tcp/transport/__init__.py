@@ -1,5 +1,6 @@
 """Whole tensors over a session: senders, receivers and messages, blocking."""
 
+from devmem_tcp.sansio.session import KeepAlive
 from devmem_tcp.transport.landing import PathBytes
 from devmem_tcp.transport.message import Header, Message
 from devmem_tcp.transport.receiver import Receiver, open_receiver
@@ -8,6 +9,7 @@ from devmem_tcp.transport.terms import SessionOptions
 
 __all__ = [
     "Header",
+    "KeepAlive",
     "Message",
     "PathBytes",
     "Receiver",
