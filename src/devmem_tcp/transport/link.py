@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
-from devmem_tcp.contract import DevmemSocket
 from devmem_tcp.errors import BrokenError, ClosedError, DevmemError
-from devmem_tcp.sansio.handshake import Agreed
-from devmem_tcp.sansio.session import Event, PeerLeaves, Session, SessionClosed, SessionState
-from devmem_tcp.transport.control import ControlConnection
+from devmem_tcp.sansio.session import Event, Session, SessionClosed, SessionState
 from devmem_tcp.transport.poller import Poller
+from devmem_tcp.transport.reception import Established
 from devmem_tcp.types import Address
 
 
@@ -26,9 +24,7 @@ class Link(ABC):
 
     Args:
         session: the state machine, fresh.
-        agreed: what the handshake came to.
-        control: its connection; ``rest``: what came by it behind the handshake.
-        lanes: the data connections, by number, not blocking.
+        made: what the handshake came to, and the connections, the link's from here on.
         on_end: called once, when the session is over, well or not.
         on_timed: called when it has a deadline where it had none.
     """
@@ -36,28 +32,24 @@ class Link(ABC):
     def __init__(
         self,
         session: Session,
-        agreed: Agreed,
-        control: ControlConnection,
-        rest: bytes,
-        lanes: Sequence[DevmemSocket],
+        made: Established,
         poller: Poller,
         on_end: Callable[[Link], None],
         on_timed: Callable[[Link], None],
     ) -> None:
-        self.agreed: Final = agreed
-        self.peer: Final[Address] = control.remote
-        self.lanes: Final = tuple(lanes)
+        self.agreed: Final = made.agreed
+        self.peer: Final[Address] = made.control.remote
+        self.lanes: Final = tuple(made.lanes)
         self.error: Exception | None = None  #: why it failed, if it did
         self.ended = False
-        self.peer_leaves = False
         self._session = session
-        self._control = control
+        self._control = made.control
         self._poller = poller
         self._on_end = on_end
         self._on_timed = on_timed
-        control.on_ready = self._control_ready
-        if rest:
-            session.receive_control(rest, time.monotonic())
+        made.control.on_ready = self._control_ready
+        if made.rest:
+            session.receive_control(made.rest, time.monotonic())
         if session.deadline() is not None:
             on_timed(self)
 
@@ -82,13 +74,10 @@ class Link(ABC):
             return
         try:
             while (event := self._session.next_event()) is not None:
-                match event:
-                    case SessionClosed():
-                        self.flush()
-                        self._end()
-                        return
-                    case PeerLeaves():
-                        self.peer_leaves = True
+                if isinstance(event, SessionClosed):
+                    self.flush()
+                    self._end()
+                    return
                 self._take(event)
             self.flush()
         except (DevmemError, OSError) as error:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final, TypeAlias
 
 from devmem_tcp.buffers import Allocator, Buffer
 from devmem_tcp.contract import Nic
-from devmem_tcp.endpoints import open_listening, show
 from devmem_tcp.errors import BrokenError, ClosedError, LocalProtocolError
 from devmem_tcp.sansio.frames import Role
-from devmem_tcp.transport.arrangement import Arrangement, listening_addresses
-from devmem_tcp.transport.calling import Calling
-from devmem_tcp.transport.engine import Engine, Timed
+from devmem_tcp.transport.arrangement import listening_addresses
 from devmem_tcp.transport.inbox import Share
 from devmem_tcp.transport.landing import Landing
 from devmem_tcp.transport.link import Link
 from devmem_tcp.transport.message import Message
 from devmem_tcp.transport.receiving import Into, ReceiverLink
-from devmem_tcp.transport.reception import Established, Reception
+from devmem_tcp.transport.reception import Established
+from devmem_tcp.transport.session_engine import SessionEngine
 from devmem_tcp.transport.terms import SessionOptions
-from devmem_tcp.types import Address, SocketStats
+from devmem_tcp.types import Address
 
 _MAX_ANSWER: Final = 64 << 20  # bytes
 
@@ -29,8 +27,10 @@ Asked: TypeAlias = tuple[ReceiverLink, int]
 """A request, by its session and number."""
 
 
-class ReceiverEngine(Engine):
+class ReceiverEngine(SessionEngine[ReceiverLink]):
     """See ``Receiver``; this is all of it that does not wait."""
+
+    role = Role.RECEIVER
 
     def __init__(
         self,
@@ -53,43 +53,21 @@ class ReceiverEngine(Engine):
             raise ValueError("give listen= to wait for senders, or to= to go to one: exactly one of them")
         if max_peers < 1:
             raise ValueError(f"max_peers must be at least 1, got {max_peers}")
-        super().__init__()
-        self._nic = nic
-        self._options = options
+        peers = max_peers if to is None else 1
+        super().__init__(nic, options, memory=memory, size_bytes=size_bytes, buffer=buffer, max_peers=peers)
         self._into = into
-        self._max_peers = max_peers if to is None else 1
         self._ready: deque[Message | Exception] = deque()
-        self._links: list[ReceiverLink] = []
-        self._timed_links: set[Link] = set()  # those that have deadlines
         self._returned: deque[tuple[ReceiverLink, Landing]] = deque()  # memory given back, not yet taken back
         self._answers: dict[Asked, bytearray | bytes] = {}  # whole ones are bytes
-        self._reception: Reception | None = None
-        self._calling: Calling | None = None
         self.sessions = 0  #: how many there have been
-        self.refused_links = 0
-        try:
-            self._arrangement = Arrangement(nic, memory, size_bytes, buffer)
-        except BaseException:
-            super().close()
-            raise
         try:
             self._binding = self._arrangement.bind_rx(queues, steer=steer)
             self._placement = nic.capabilities.placement
-            self._backend = nic.capabilities.backend
             self._new_share()  # the smallest there will be: an error belongs here
             if listen is not None:
                 self._listen(nic, listen, data_port, strict=strict, steer=steer)
             elif to is not None:
-                self._calling = Calling(
-                    nic,
-                    to,
-                    self.poller,
-                    options,
-                    role=Role.RECEIVER,
-                    before_lanes=self._steer_from if steer else lambda address: None,
-                    on_session=self._begin,
-                    strict=strict,
-                )
+                self._go_to(to, before_lanes=self._steer_from if steer else lambda address: None, strict=strict)
         except BaseException:
             self.close()
             raise
@@ -99,26 +77,10 @@ class ReceiverEngine(Engine):
         data = self._arrangement.held.enter_context(nic.listen(data_address, strict=strict))
         if steer:
             self._arrangement.steer_to(data.address[1], self._binding.queues[0])
-        self._reception = Reception(
-            open_listening(control_address, 128),
-            data,
-            self.poller,
-            self._options,
-            role=Role.RECEIVER,
-            backend=self._backend,
-            buffer=self._binding.buffer,
-            on_session=self._begin,
-            may_enter=self._may_enter,
-        )
+        self._take_in(control_address, data, self._binding.buffer)
 
     def _steer_from(self, peer: Address) -> None:
         self._arrangement.steer_from(peer, self._binding.queues[0])
-
-    def _may_enter(self) -> str:
-        entering = self._reception.entering if self._reception is not None else 0
-        if len(self._links) + entering > self._max_peers:
-            return f"this receiver takes {self._max_peers} senders at a time (max_peers)"
-        return ""
 
     def _new_share(self) -> Share:
         size = self._binding.buffer.size_bytes // self._max_peers
@@ -128,10 +90,7 @@ class ReceiverEngine(Engine):
     def _begin(self, made: Established) -> None:
         self.sessions += 1
         link = ReceiverLink(
-            made.agreed,
-            made.control,
-            made.rest,
-            made.lanes,
+            made,
             self.poller,
             self._ended,
             self._timed_links.add,
@@ -148,28 +107,11 @@ class ReceiverEngine(Engine):
             self.may_block = self.may_block and self._alone
 
     def _ended(self, link: Link) -> None:
-        if link in self._links:
-            self._links.remove(link)
-        self._timed_links.discard(link)
+        super()._ended(link)
         if link.error is not None and not self.closed:
-            link.error.add_note(f"the session with the sender at {show(link.peer)}")
             self._ready.append(link.error)
 
     # --- what the drivers ask ---
-
-    @property
-    def address(self) -> Address | None:
-        """Where senders come."""
-        return self._reception.address if self._reception is not None else None
-
-    @property
-    def links(self) -> tuple[ReceiverLink, ...]:
-        """The sessions under way."""
-        return tuple(self._links)
-
-    @property
-    def reception(self) -> Reception | None:
-        return self._reception
 
     def has_news(self) -> bool | None:
         """Return True if ``take`` has something to answer; None: not yet.
@@ -200,9 +142,10 @@ class ReceiverEngine(Engine):
 
     def take_next(self) -> Message | None:
         """Return the next message of a series, if one is under way with the only sender; may wait for a moment."""
-        if self._ready or self._returned or len(self._links) != 1 or not self.may_block:
+        link = self.only_link
+        if link is None or self._ready or self._returned or not self.may_block:
             return None
-        return self._links[0].receive_next()
+        return link.receive_next()
 
     @property
     def over(self) -> bool:
@@ -225,9 +168,9 @@ class ReceiverEngine(Engine):
         Raises:
             LocalProtocolError: there is no session, or more than one.
         """
-        if len(self._links) != 1:
+        link = self.only_link
+        if link is None:
             raise LocalProtocolError(f"a request goes to one sender, and {len(self._links)} are connected")
-        (link,) = self._links
         asked = (link, link.request(body))
         self._answers[asked] = bytearray()
         return asked
@@ -260,18 +203,7 @@ class ReceiverEngine(Engine):
         if last:
             self._answers[link, number] = bytes(found)
 
-    def stats(self) -> list[SocketStats]:
-        """Return the counters of every data connection of the sessions under way."""
-        return [sock.stats for link in self._links for sock in link.lanes]
-
-    # --- Engine ---
-
-    def _timed(self) -> Iterable[Timed]:
-        yield from self._timed_links
-        if self._reception is not None:
-            yield self._reception
-        if self._calling is not None:
-            yield self._calling
+    # --- what is given back ---
 
     def give_back(self, link: ReceiverLink, landing: Landing) -> None:
         """Take back the memory of a message, with the next step. From any thread, and in the middle of anything."""
@@ -288,21 +220,10 @@ class ReceiverEngine(Engine):
         else:
             self.give_back(link, landing)
 
-    @property
-    def _alone(self) -> bool:
-        return len(self._links) <= 1
-
     def _settle(self) -> None:
         while self._returned:
             link, landing = self._returned.popleft()
             link.take_back(landing)
-
-    def leave(self) -> None:
-        """Take no new senders, and ask those there are to end after what they have announced."""
-        if self._reception is not None:
-            self._reception.close()
-        for link in list(self._links):
-            link.leave()
 
     def close(self) -> None:
         """End everything at once; messages that were taken out stay readable until they are released. Idempotent."""
@@ -312,12 +233,6 @@ class ReceiverEngine(Engine):
             if isinstance(message, Message):
                 message.release()
         self._ready.clear()
-        if self._calling is not None:
-            self._calling.close()
-        if self._reception is not None:
-            self._reception.close()
-        for link in list(self._links):
-            link.abort("the receiver was closed")
-        super().close()
+        self._close_sessions()
         self._settle()
         self._arrangement.close()

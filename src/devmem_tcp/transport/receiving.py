@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from devmem_tcp.contract import DevmemSocket
 from devmem_tcp.errors import DevmemError, KernelError, LocalProtocolError, RemoteProtocolError
-from devmem_tcp.sansio.handshake import Agreed
 from devmem_tcp.sansio.receiving import ReceiverSession
 from devmem_tcp.sansio.session import (
     Answered,
@@ -20,12 +18,12 @@ from devmem_tcp.sansio.session import (
     SeriesEnded,
 )
 from devmem_tcp.transport.checksums import checksum_of
-from devmem_tcp.transport.control import ControlConnection
 from devmem_tcp.transport.inbox import Share, host_memory
 from devmem_tcp.transport.landing import FragLanding, IntoLanding, Landing, PlacedLanding
 from devmem_tcp.transport.link import Link
 from devmem_tcp.transport.message import Header, Message, writable_bytes
 from devmem_tcp.transport.poller import READABLE, Poller
+from devmem_tcp.transport.reception import Established
 
 _BYTES_A_TURN: Final = 4 << 20
 _QUICK_PATIENCE_S: Final = 0.004  # of a read that waits for a message to begin, and sees nothing else meanwhile
@@ -61,10 +59,7 @@ class ReceiverLink(Link):
 
     def __init__(
         self,
-        agreed: Agreed,
-        control: ControlConnection,
-        rest: bytes,
-        lanes: Sequence[DevmemSocket],
+        made: Established,
         poller: Poller,
         on_end: Callable[[Link], None],
         on_timed: Callable[[Link], None],
@@ -78,14 +73,14 @@ class ReceiverLink(Link):
         engine: Keeper,
     ) -> None:
         session = ReceiverSession(
-            limits=agreed.limits,
+            limits=made.agreed.limits,
             now=time.monotonic(),
             pool_bytes=share.credit_bytes,
             pool_messages=share.credit_messages,
             keep_alive=keep_alive,
-            checksums=agreed.checksums,
+            checksums=made.agreed.checksums,
         )
-        super().__init__(session, agreed, control, rest, lanes, poller, on_end, on_timed)
+        super().__init__(session, made, poller, on_end, on_timed)
         self.backend: Final = backend
         self._share = share
         self._deliver = deliver
@@ -97,8 +92,8 @@ class ReceiverLink(Link):
         self._prepared: tuple[PlacedLanding, Message] | None = None  # for the next message of a series
         self._came = False  # it has come, and the session does not know yet
         self._landings: dict[int, Landing] = {}  # of those that have begun to come
-        self._watching = [False] * len(lanes)
-        for sock in lanes:
+        self._watching = [False] * len(self.lanes)
+        for sock in self.lanes:
             sock.settimeout(0)
         self.pump()
 

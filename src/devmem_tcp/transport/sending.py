@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 import msgspec
 
 from devmem_tcp.arrays import ArrayType
-from devmem_tcp.contract import DevmemSocket
 from devmem_tcp.errors import ClosedError, DevmemError, KernelError, OutOfDeviceMemory
 from devmem_tcp.sansio.frames import ChecksumKind
-from devmem_tcp.sansio.handshake import Agreed
 from devmem_tcp.sansio.outgoing import Piece
 from devmem_tcp.sansio.sending import SenderSession
 from devmem_tcp.sansio.session import Event, KeepAlive, MessageDeclined, MessagesFinished, Requested
 from devmem_tcp.sansio.stripes import DEFAULT_PIECE_BYTES
-from devmem_tcp.transport.control import ControlConnection
 from devmem_tcp.transport.delivery import GONE, Completions, Delivery, SlotSource, Source
 from devmem_tcp.transport.link import Link
 from devmem_tcp.transport.outbox import Outbox, Window
 from devmem_tcp.transport.poller import READABLE, WRITABLE, Poller
+from devmem_tcp.transport.reception import Established
 
 _FULL: Final = (errno.ENOBUFS, errno.ENOMEM)  # what sendmsg says when completions are to be collected first
 _NOTHING: Final = (False, False)
@@ -54,10 +52,7 @@ class SenderLink(Link):
 
     def __init__(
         self,
-        agreed: Agreed,
-        control: ControlConnection,
-        rest: bytes,
-        lanes: Sequence[DevmemSocket],
+        made: Established,
         poller: Poller,
         on_end: Callable[[Link], None],
         on_timed: Callable[[Link], None],
@@ -68,22 +63,22 @@ class SenderLink(Link):
         piece_bytes: int = DEFAULT_PIECE_BYTES,
     ) -> None:
         session = SenderSession(
-            limits=agreed.limits,
+            limits=made.agreed.limits,
             now=time.monotonic(),
             keep_alive=keep_alive,
-            checksums=agreed.checksums,
+            checksums=made.agreed.checksums,
             piece_bytes=piece_bytes,
         )
-        super().__init__(session, agreed, control, rest, lanes, poller, on_end, on_timed)
+        super().__init__(session, made, poller, on_end, on_timed)
         self.outbox: Final = outbox
         self.piece_bytes: Final = piece_bytes
         self._deliveries: dict[int, Delivery] = {}
-        self._completions = [Completions(sock) for sock in lanes]
+        self._completions = [Completions(sock) for sock in self.lanes]
         self._full: set[int] = set()  # lanes that took less than they were given
-        self._watched = [_NOTHING] * len(lanes)  # of each: whether it is watched for writing, for completions
+        self._watched = [_NOTHING] * len(self.lanes)  # of each: whether it is watched for writing, for completions
         self._on_request = on_request
         try:
-            for sock in lanes:
+            for sock in self.lanes:
                 sock.set_zerocopy()
                 sock.settimeout(0)
         except OSError as error:
@@ -96,11 +91,6 @@ class SenderLink(Link):
     def may_begin(self) -> bool:
         """Whether the receiver has granted another message."""
         return not self.ended and self._session.may_announce
-
-    @property
-    def series_left(self) -> int:
-        """How many messages of the series under way have not begun."""
-        return self._session.series_left
 
     @property
     def under_way(self) -> int:
