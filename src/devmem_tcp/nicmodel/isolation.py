@@ -18,6 +18,20 @@ class OtherRule(NamedTuple):
     match: str
 
 
+def weights_without(bound_queues: Collection[int], table: Sequence[int], queues: int) -> list[int]:
+    """Return RSS weights, one for each queue, that keep unsteered flows off the bound queues; all 0: none is left.
+
+    What is out of RSS stays out, if that leaves any: it may be bound by another program.
+
+    Args:
+        bound_queues: those to keep off.
+        table: the RSS indirection table as it is.
+        queues: how many RX queues there are.
+    """
+    others = set(table).difference(bound_queues) or set(range(queues)).difference(bound_queues)
+    return [int(queue in others) for queue in range(queues)]
+
+
 def isolation_warnings(
     table: Sequence[int], rules: Iterable[OtherRule], bound_queues: Collection[int], *, nic: str = "NIC"
 ) -> list[str]:
