@@ -9,7 +9,7 @@ from devmem_tcp.broker.client import BrokerControl
 from devmem_tcp.contract import Nic
 from devmem_tcp.errors import BackendFallbackWarning, BackendUnavailable
 from devmem_tcp.kernel.control import LocalControl, NicControl
-from devmem_tcp.kernel.nic import KernelNic
+from devmem_tcp.kernel.lessee import open_kernel_nic
 from devmem_tcp.probe import probe_kernel, reasons
 from devmem_tcp.software.nic import SoftwareNic
 from devmem_tcp.software.options import SoftwareOptions
@@ -70,7 +70,7 @@ def open_nic(
 def _open_kernel(name: str, via: str | None) -> Nic:
     control: NicControl = LocalControl(name) if via is None else BrokerControl(via, name)
     try:
-        return KernelNic(name, control)
+        return open_kernel_nic(name, control)
     except BaseException:
         control.close()
         raise

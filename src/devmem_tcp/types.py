@@ -242,6 +242,7 @@ class Capabilities:
     placement: bool  # payload can be received into one contiguous run of the Buffer: RxBinding.reserve
     rx_queues: int
     rss_table_size: int
+    settings: bool = True  # header split, RSS and ntuple rules can be set; of leased queues they are the host's to set
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from typing import Final
 
 import pytest
 
+from container import netkit
 from devmem_tcp import refusals
 from devmem_tcp.buffers import Buffer
 from devmem_tcp.errors import BindError, KernelError
@@ -25,17 +26,7 @@ from devmem_tcp.memory import DmaHeap, Udmabuf
 from devmem_tcp.sys.netlink import GenericNetlink
 from devmem_tcp.uapi import netdev as abi
 from devmem_tcp.uapi.netdev import Command, QueueType
-from devmem_tcp.uapi.netlink import (
-    NLM_F_ACK,
-    NLM_F_REQUEST,
-    attr,
-    attr_string,
-    attr_u32,
-    message,
-    nest,
-    parse_ack,
-    parse_messages,
-)
+from devmem_tcp.uapi.netlink import attr_u32, nest
 
 NIC: Final = os.environ["NETIF"]
 LO: Final = 1
@@ -322,33 +313,19 @@ def test_bind_tx_refused(nic: int, buffer: Buffer, netlink: GenericNetlink) -> N
 
 # --- leasing queues -------------------------------------------------------------------------------------------------
 
-RTM_NEWLINK: Final = 16  # include/uapi/linux/rtnetlink.h
-NLM_F_CREATE: Final = 0x400
-IFINFOMSG: Final = bytes(16)  # struct ifinfomsg: of no index yet
-IFLA_IFNAME, IFLA_LINKINFO, IFLA_NUM_TX_QUEUES, IFLA_NUM_RX_QUEUES = 3, 18, 31, 32
-IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
-IFLA_NETKIT_PEER_INFO: Final = 1
-
 
 @pytest.fixture
-def netkit() -> Iterator[tuple[int, int]]:
+def pair() -> Iterator[tuple[int, int]]:
     """Make a pair of netkit interfaces, the second with room for one leased queue."""
-    room = attr_u32(IFLA_NUM_RX_QUEUES, 2) + attr_u32(IFLA_NUM_TX_QUEUES, 1)
-    peer = attr(IFLA_NETKIT_PEER_INFO, IFINFOMSG + attr_string(IFLA_IFNAME, "lessee") + room)
-    info = nest(IFLA_LINKINFO, attr_string(IFLA_INFO_KIND, "netkit"), nest(IFLA_INFO_DATA, peer))
-    request = IFINFOMSG + attr_string(IFLA_IFNAME, "lessor") + info
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as rtnetlink:
-        rtnetlink.send(message(RTM_NEWLINK, NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE, 1, request))
-        (answer,) = parse_messages(rtnetlink.recv(8192))
-    assert parse_ack(answer)[0] == 0, "this kernel has no netkit"
+    netkit("lessor", "lessee", rx_queues=2)
     yield socket.if_nametoindex("lessor"), socket.if_nametoindex("lessee")
     run("ip", "link", "del", "lessor")
 
 
 def test_a_leased_queue_is_bound_by_the_interface_it_is_leased_to(
-    nic: int, netkit: tuple[int, int], buffer: Buffer, netlink: GenericNetlink
+    nic: int, pair: tuple[int, int], buffer: Buffer, netlink: GenericNetlink
 ) -> None:
-    _, lessee = netkit
+    _, lessee = pair
     run("ip", "link", "set", "lessor", "up")
     run("ip", "link", "set", "lessee", "up")
     leased = netdev.lease_queue(lessee, nic, 3, netlink=netlink)
@@ -362,8 +339,8 @@ def test_a_leased_queue_is_bound_by_the_interface_it_is_leased_to(
         assert {queue.queue: queue.dmabuf_id for queue in netdev.queues(lessee) if queue.dmabuf_id} == {1: dmabuf_id}
 
 
-def test_leases_that_cannot_be(nic: int, netkit: tuple[int, int], netlink: GenericNetlink) -> None:
-    lessor, lessee = netkit
+def test_leases_that_cannot_be(nic: int, pair: tuple[int, int], netlink: GenericNetlink) -> None:
+    lessor, lessee = pair
     netdev.lease_queue(lessee, nic, 3, netlink=netlink)
     for virtual, queue, number, extack in (
         (nic, 1, errno.EINVAL, "Device is not a virtual device"),

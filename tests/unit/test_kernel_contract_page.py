@@ -19,6 +19,7 @@ MODULES: Final = {
     "ethtool": "test_ethtool",
     "socket": "test_kernel_socket",
     "facts": "test_contract_facts",
+    "leasing": "test_leasing",
 }
 NAME: Final = re.compile(rf"`((?:{'|'.join(AREAS)})-|(?:{'|'.join(MODULES)})::)([a-z0-9_]+)(…?)`")
 

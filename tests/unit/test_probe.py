@@ -7,17 +7,15 @@ import gzip
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import msgspec
 import pytest
 
 from devmem_tcp.errors import BrokenError, KernelError
 from devmem_tcp.kernel import netdev
-from devmem_tcp.kernel.ethtool import Channels, Feature, Rings, Rss, RuleTable
-from devmem_tcp.kernel.journal import FORMAT, Entry, NicIdentity, Owner, current_process
-from devmem_tcp.kernel.netdev import PagePool, PagePoolStatistics, Queue, QueueStatistics
+from devmem_tcp.kernel.ethtool import Channels, DriverInfo, Feature, Rings, Rss, RuleTable
+from devmem_tcp.kernel.netdev import LeasedQueue, PagePool, PagePoolStatistics, Queue, QueueStatistics
 from devmem_tcp.probe import binding, memory, network, nic, system, usage
 from devmem_tcp.probe.finding import looked_at
 from devmem_tcp.probe.link import Link, XdpMode, read_link
@@ -89,6 +87,7 @@ class FakeNic:
             "rx_queues": 4,
             "channels": Channels(0, 0, 4, 0, 0, 8),
             "rss": Rss((0, 1, 0, 1), b"", 0),
+            "driver": DriverInfo("gve", "", "", ""),
         }
         for name, answer in {**healthy, **answers}.items():
             setattr(self, name, lambda answer=answer: self._give(answer))
@@ -234,6 +233,42 @@ def test_binding(kernel: Machine, refusal: tuple[int, bytes], severity: Severity
     assert command == Command.BIND_RX
     assert asked.u32(3) >= 1 << 30, "an fd that some process could have"
     assert asked.nested(2).u32(1) == 3, "the last queue: gve warns about queue 0"
+
+
+def test_a_leased_queue_is_not_asked_for(kernel: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netdev, "queues", lambda ifindex: [queue(1), queue(2), leased(3)])
+    assert nic.queue_management(FakeNic()).severity is OK  # type: ignore[arg-type]
+    assert nl.parse_generic(kernel.requests[-1].payload)[1].nested(2).u32(1) == 2
+
+
+@pytest.mark.parametrize(
+    ("up", "queues", "severity", "found", "fix"),
+    [
+        (True, (0, 1, 2), OK, "1, 2; header split, RSS", ""),
+        (True, (0,), ERROR, "none", "sudo devmem-tcp lease NIC QUEUE --to eth7 --netns PID"),
+        (False, (), ERROR, "while the interface is down", "sudo ip link set dev eth7 up"),
+    ],
+)
+def test_leased_queues_of_a_virtual_interface(
+    monkeypatch: pytest.MonkeyPatch,
+    up: bool,
+    queues: Sequence[int],
+    severity: Severity,
+    found: str,
+    fix: str,
+) -> None:
+    monkeypatch.setattr(nic, "read_link", lambda ifindex: Link(up, up, 1500, XdpMode.NONE))
+    monkeypatch.setattr(netdev, "queues", lambda ifindex: [queue(number) for number in queues])
+    check = nic.leased_queues(FakeNic())  # type: ignore[arg-type]
+    assert check.severity is severity
+    assert found in check.found
+    assert fix in check.fix
+
+
+def test_a_virtual_interface_is_not_asked_for_what_is_the_hosts() -> None:
+    virtual = FakeNic(driver=DriverInfo("netkit", "", "", ""))
+    assert list(nic.checks_of(virtual, nic.NECESSARY)) == ["leased queues", "XDP", "binding", "sending"]  # type: ignore[arg-type]
+    assert nic.checks_of(FakeNic(), nic.NECESSARY) == nic.NECESSARY  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -507,6 +542,23 @@ def queue(number: int, dmabuf_id: int = 0, kind: QueueType = QueueType.RX) -> Qu
     return Queue(7, number, kind, None, dmabuf_id, False, False, None)
 
 
+def leased(number: int, dmabuf_id: int = 0) -> Queue:
+    return replace(queue(number, dmabuf_id), lease=LeasedQueue(9, 1, 0))
+
+
+def test_leased_queues_are_told_on_the_host_and_their_pages_not_in_the_container(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = [queue(0), leased(2), leased(3)]
+    monkeypatch.setattr(netdev, "queues", lambda ifindex: found)
+    host = FakeNic(rss=Rss((0, 0), b"", 0))
+    assert usage.bound_queues(host).found == "none now; leased to virtual interfaces: 2, 3"  # type: ignore[arg-type]
+    found[:] = [queue(0), queue(1, 4)]
+    container = FakeNic(driver=DriverInfo("netkit", "", "", ""), rss=NONE)
+    assert usage.bound_queues(container).found == "1 (dmabuf id 4)"  # type: ignore[arg-type]
+    assert "on the host" in usage.page_pools(container).found  # type: ignore[arg-type]
+
+
 def test_bound_queues(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [queue(0), queue(1), queue(1, 9, QueueType.TX)]
     failed = [QueueStatistics(7, 1, QueueType.RX, {"rx-alloc-fail": 0})]
@@ -524,45 +576,3 @@ def test_bound_queues(monkeypatch: pytest.MonkeyPatch) -> None:
     check = usage.bound_queues(off)  # type: ignore[arg-type]
     assert check.severity is WARNING
     assert "12 times" in check.found
-
-
-@pytest.fixture
-def journal_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's own journal; the machine's is not looked at."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.setattr("devmem_tcp.kernel.journal._SYSTEM_DIRECTORY", str(tmp_path / "nowhere"))
-    folder = tmp_path / "devmem-tcp"
-    folder.mkdir(mode=0o700)
-    return folder
-
-
-def write_entry(folder: Path, number: int, owner: Owner) -> None:
-    identity = NicIdentity("eth7", 7, "02:00:00:00:00:01", True, 1)
-    made = Entry(FORMAT, number, owner, identity, "header-split", "off", "on", "ethtool -G eth7 tcp-data-split on")
-    (folder / f"{number:012}.json").write_bytes(msgspec.json.encode(made))
-
-
-def test_journal(journal_folder: Path) -> None:
-    assert (usage.journal().severity, usage.journal().found) == (OK, "nothing left")
-    alive = current_process()
-    write_entry(journal_folder, 1, alive)
-    assert usage.journal().found == "1 changes in force, of living programs"
-    write_entry(journal_folder, 2, msgspec.structs.replace(alive, start_ticks=alive.start_ticks + 1, name="recv"))
-    check = usage.journal()
-    assert check.severity is WARNING
-    assert "1 left by recv (process" in check.found
-    assert "): ethtool -G eth7 tcp-data-split on" in check.found
-    assert check.fix == "sudo devmem-tcp doctor --restore"
-    write_entry(journal_folder, 3, msgspec.structs.replace(alive, boot_id="another"))
-    assert usage.journal().found.startswith("2 left")
-
-
-def test_a_journal_that_is_closed_to_this_user(journal_folder: Path) -> None:
-    def refuse(name: str) -> None:
-        if name == "getdents64":
-            raise PermissionError(errno.EACCES, "Permission denied")
-
-    with calls.intercept(refuse):
-        check = usage.journal()
-    assert check.severity is OK
-    assert f"{journal_folder} is closed to this user" in check.found

@@ -19,6 +19,7 @@ VERBS: Final = {
     "demo": "Move a real file between two processes, verify it, and explain what happened.",
     "bench": "Measure throughput, round trips, CPU time and many connections, here or between two machines.",
     "doctor": "Say what this machine and a NIC need for devmem TCP, and put settings back after a crash.",
+    "lease": "Lease an RX queue of a NIC to a container's virtual interface.",
     "broker": "Bind and steer for programs without CAP_NET_ADMIN, as an administrator's file allows.",
     "lab": "Boot a real kernel on NICs written in Python: devmem TCP without the hardware.",
 }

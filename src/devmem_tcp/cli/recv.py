@@ -23,7 +23,7 @@ from devmem_tcp.cli.options import (
 )
 from devmem_tcp.cli.progress import Advance, progress
 from devmem_tcp.cli.report import ReceivedReport, print_json, print_received, rate
-from devmem_tcp.cli.setup import NicChoice, ReportChoice, accept_one, hostport, steering
+from devmem_tcp.cli.setup import NicChoice, ReportChoice, accept_one, hostport, steered, steering
 from devmem_tcp.cli.sinks import STDOUT, FileSink, HashSink, PatternSink, Sink, open_output
 from devmem_tcp.contract import DevmemSocket, Nic, RxBinding
 from devmem_tcp.errors import DevmemError
@@ -111,7 +111,7 @@ def _connection(request: Request, nic: Nic) -> Iterator[DevmemSocket]:
     """Yield the one connected socket, its flow steered to the queue while the block runs."""
     if request.connect is not None:
         with (
-            nic.add_ntuple(src_port=request.connect[1], queue=request.queue),
+            steered(nic, request.queue, src_port=request.connect[1]),
             nic.connect(request.connect, strict=request.strict, timeout_s=request.timeout_s) as sock,
         ):
             yield sock
@@ -119,10 +119,10 @@ def _connection(request: Request, nic: Nic) -> Iterator[DevmemSocket]:
     with contextlib.ExitStack() as held:
         host, port = request.address
         if port:
-            held.enter_context(nic.add_ntuple(dst_port=port, queue=request.queue))
+            held.enter_context(steered(nic, request.queue, dst_port=port))
         listener = held.enter_context(nic.listen((host, port), strict=request.strict))
         if not port:
-            held.enter_context(nic.add_ntuple(dst_port=listener.address[1], queue=request.queue))
+            held.enter_context(steered(nic, request.queue, dst_port=listener.address[1]))
         yield held.enter_context(accept_one(nic, listener, request, f", queue {request.queue}"))
 
 

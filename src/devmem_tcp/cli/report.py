@@ -134,7 +134,7 @@ def print_received(report: ReceivedReport) -> None:
     _headline("received", report.bytes, report.seconds, f"from {report.remote}")
     _line(
         "backend",
-        f"{path.backend}, {report.nic}, queue {report.rx_queue}, "
+        f"{path.backend}, {report.nic}, queue {report.rx_queue if report.rx_queue >= 0 else 'not told'}, "
         f"dmabuf id {report.dmabuf_id} ({binary(report.buffer_bytes)}, {report.memory})",
     )
     _line("path", f"dmabuf {path.dmabuf_bytes:,} bytes, linear {path.linear_bytes:,}, host {path.host_bytes:,}")

@@ -17,6 +17,7 @@ from devmem_tcp.cli.report import ListeningEvent, print_json
 from devmem_tcp.contract import DevmemSocket, Listener, Nic
 from devmem_tcp.doors import open_nic
 from devmem_tcp.errors import DevmemError
+from devmem_tcp.nicmodel.isolation import weights_without
 from devmem_tcp.software.options import SoftwareOptions
 from devmem_tcp.types import Address
 
@@ -83,10 +84,10 @@ class ReportChoice:
 
 @contextlib.contextmanager
 def steering(nic: Nic, queue: int, *, spread: bool = True) -> Iterator[None]:
-    """Turn header split on and keep ordinary flows off ``queue``, until the block ends.
+    """Turn header split on and keep ordinary flows off ``queue``, until the block ends; the host does of a leased one.
 
     Args:
-        spread: set RSS so; if not, that is somebody else's to do.
+        spread: set RSS so, unless it is; if not, that is somebody else's to do.
 
     Raises:
         DevmemError: the NIC has no such queue, or no other one for ordinary flows.
@@ -97,11 +98,23 @@ def steering(nic: Nic, queue: int, *, spread: bool = True) -> Iterator[None]:
         raise DevmemError(f"{nic.name} has no RX queue {queue}", hint=f"--queue takes 0 to {queues - 1}")
     if queues == 1:
         raise DevmemError(f"{nic.name} has one RX queue: none is left for ordinary flows")
+    if not nic.capabilities.settings:
+        yield
+        return
     with contextlib.ExitStack() as held:
         held.enter_context(nic.set_header_split("on"))
-        if spread:
-            held.enter_context(nic.set_rss(weights=[int(other != queue) for other in range(queues)]))
+        if spread and queue in (table := nic.rss_table):
+            held.enter_context(nic.set_rss(weights=weights_without([queue], table, queues)))
         yield
+
+
+def steered(
+    nic: Nic, queue: int, *, src_port: int | None = None, dst_port: int | None = None
+) -> contextlib.AbstractContextManager[object]:
+    """Steer a TCP port's flows to ``queue``, until the block ends; those to a leased queue are steered by the host."""
+    if not nic.capabilities.settings:
+        return contextlib.nullcontext()
+    return nic.add_ntuple(src_port=src_port, dst_port=dst_port, queue=queue)
 
 
 def accept_one(nic: Nic, listener: Listener, choice: ReportChoice, what: str) -> DevmemSocket:

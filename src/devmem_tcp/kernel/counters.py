@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from devmem_tcp.errors import KernelError
 from devmem_tcp.kernel import netdev
 from devmem_tcp.kernel.attachment import Registry
 from devmem_tcp.sys.netlink import GenericNetlink
@@ -41,11 +43,19 @@ class QueueCounters:
                 one.queue: one for one in netdev.queues(self._ifindex, netlink=netlink) if one.type is QueueType.RX
             }
             pools = netdev.page_pools(self._ifindex, netlink=netlink)
-            counted = netdev.queue_statistics(self._ifindex, netlink=netlink)
-            now = {one.queue: one.counters for one in counted if one.type is QueueType.RX}
+            now = {one.queue: one.counters for one in self._counted(netlink) if one.type is QueueType.RX}
             return tuple(
                 self._stats_of(queue, queues.get(queue), now.get(queue, {}), pools) for queue in range(self._rx_queues)
             )
+
+    def _counted(self, netlink: GenericNetlink) -> Sequence[netdev.QueueStatistics]:
+        """Return what the driver counts of queues; nothing, if it does not: of leased queues, the NIC's counts."""
+        try:
+            return netdev.queue_statistics(self._ifindex, netlink=netlink)
+        except KernelError as refused:
+            if refused.errno != errno.EOPNOTSUPP:
+                raise
+            return ()
 
     def _stats_of(
         self, number: int, queue: netdev.Queue | None, now: Mapping[str, int], pools: Sequence[netdev.PagePool]

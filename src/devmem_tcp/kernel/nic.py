@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from devmem_tcp import contract
 from devmem_tcp.buffers import Buffer
@@ -22,10 +22,10 @@ from devmem_tcp.kernel.binding import KernelRxBinding, KernelTxBinding, bind_rx,
 from devmem_tcp.kernel.control import NicControl
 from devmem_tcp.kernel.counters import QueueCounters
 from devmem_tcp.kernel.ethtool import Ethtool
+from devmem_tcp.kernel.leasing import QueueLease, lease_queue, other_traffic
 from devmem_tcp.kernel.settings import rss_words
 from devmem_tcp.kernel.socket import BACKEND, KernelSocket
 from devmem_tcp.nicmodel.indirection import IndirectionTable
-from devmem_tcp.nicmodel.isolation import OtherRule, isolation_warnings
 from devmem_tcp.nicmodel.misdirection import check_steering
 from devmem_tcp.sys import calls
 from devmem_tcp.types import (
@@ -40,6 +40,14 @@ from devmem_tcp.types import (
 from devmem_tcp.uapi.netdev import QueueType
 
 _UNKNOWN_QUEUE: Final = -1
+
+
+class Limits(NamedTuple):
+    """What there is of a NIC, once and for all."""
+
+    rx_queues: int
+    rss_table_size: int
+    hds_thresh: bool
 
 
 class KernelNic(contract.Nic):
@@ -65,14 +73,16 @@ class KernelNic(contract.Nic):
         self._napi_queues: dict[int, int] = {}
         self._ethtool = Ethtool(name)
         try:
-            self._rx_queues = self._ethtool.rx_queues()
-            self._rss_table_size = len(self._ethtool.rss().table)
-            self._hds_thresh = self._ethtool.rings().hds_thresh is not None
+            self._rx_queues, self._rss_table_size, self._hds_thresh = self._limits()
         except BaseException:
             self._ethtool.close()
             raise
         self._registry = Registry(self._queue_of_napi, self.queue_stats)
         self._counters = QueueCounters(self._ethtool.ifindex, self._rx_queues, self._registry)
+
+    def _limits(self) -> Limits:
+        ethtool = self._ethtool
+        return Limits(ethtool.rx_queues(), len(ethtool.rss().table), ethtool.rings().hds_thresh is not None)
 
     # --- what it is ---
 
@@ -153,13 +163,25 @@ class KernelNic(contract.Nic):
         return bind_rx(self._registry, self._control, buffer, queues, rx_page_size)
 
     def _warn_of_other_traffic(self, queues: Sequence[int]) -> None:
-        foreign = [OtherRule(one.location, one.queue, one.kind) for one in self._ethtool.rules() if one.rule is None]
-        for text in isolation_warnings(self.rss_table, foreign, queues, nic=self._name):
+        for text in other_traffic(self._ethtool, queues):
             warnings.warn(text, SteeringWarning, stacklevel=3)
 
     def bind_tx(self, buffer: Buffer) -> KernelTxBinding:
         self._check_open()
         return bind_tx(self._registry, self._ethtool.ifindex, buffer)
+
+    def lease_queue(self, queue: int, to: str, netns: str | int | None = None) -> QueueLease:
+        """Lease an RX queue to a virtual interface (netkit), which may be a container's.
+
+        A program there opens that interface as its NIC, and binds the queue by the number that this returns.
+
+        Lifetime: the lease ends with the virtual interface; closing this NIC leaves it alone. So header split, RSS and
+        rules for it are better set by ethtool than by this object, which puts them back.
+
+        Args, Kernel, Raises: as ``kernel.leasing.lease_queue``.
+        """
+        self._check_open()
+        return lease_queue(self._ethtool, queue, to, netns)
 
     # --- sockets ---
 
@@ -198,12 +220,15 @@ class KernelNic(contract.Nic):
     def _accepted(self, sock: calls.Socket, *, strict: bool) -> KernelSocket:
         made = self._adopt(sock, strict=strict)
         try:
-            bound = sorted(queue for binding in list(self._registry.rx.values()) for queue in binding.queues)
-            check_steering(self, made, bound, strict=strict, stacklevel=3)
+            self._prove_steering(made, strict=strict)
         except BaseException:
             made.close()
             raise
         return made
+
+    def _prove_steering(self, made: KernelSocket, *, strict: bool) -> None:
+        bound = sorted(queue for binding in list(self._registry.rx.values()) for queue in binding.queues)
+        check_steering(self, made, bound, strict=strict, stacklevel=4)
 
     def _adopt(self, sock: calls.Socket, *, strict: bool) -> KernelSocket:
         made = KernelSocket(sock, self._registry, strict=strict)

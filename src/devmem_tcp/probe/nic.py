@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
 
 from devmem_tcp.errors import KernelError
+from devmem_tcp.kernel import netdev
 from devmem_tcp.kernel.ethtool import NTUPLE, Ethtool, feature_words, header_split_words
+from devmem_tcp.kernel.leasing import is_lessee
+from devmem_tcp.kernel.leasing import leased_queues as queues_leased_to
 from devmem_tcp.probe.binding import ask_rx, ask_tx
 from devmem_tcp.probe.finding import OTHER_NIC, error, looked_at, ok, said, warning
 from devmem_tcp.probe.link import XdpMode, read_link
 from devmem_tcp.types import HeaderSplitMode, ProbeCheck
+from devmem_tcp.uapi.netdev import QueueType
 
 NicCheck = Callable[[Ethtool], ProbeCheck]
 
@@ -106,11 +111,7 @@ def xdp(nic: Ethtool) -> ProbeCheck:
 def queue_management(nic: Ethtool) -> ProbeCheck:
     """Whether the driver restarts single queues, on memory that the NIC reaches by itself."""
     name, needed = "binding", "a driver that restarts single queues, and DMA"
-    try:
-        last = nic.rx_queues() - 1
-    except KernelError:
-        last = 0
-    refusal = ask_rx(nic.ifindex, max(0, last))
+    refusal = ask_rx(nic.ifindex, _queue_to_ask_for(nic))
     if refusal is None:
         return ok(name, "bind-rx takes this NIC", needed)
     if refusal.errno == errno.EPERM:
@@ -118,6 +119,33 @@ def queue_management(nic: Ethtool) -> ProbeCheck:
         return warning(name, "not asked: bind-rx answers only CAP_NET_ADMIN", needed, fix)
     found, fix = said(refusal)
     return error(name, found, needed, fix)
+
+
+def _queue_to_ask_for(nic: Ethtool) -> int:
+    """Return the last RX queue that is not leased to another interface, which would be refused as if by the driver."""
+    with contextlib.suppress(KernelError):
+        free = [one.queue for one in netdev.queues(nic.ifindex) if one.type is QueueType.RX and one.lease is None]
+        if free:
+            return max(free)
+    try:
+        return max(0, nic.rx_queues() - 1)
+    except KernelError:
+        return 0
+
+
+def leased_queues(nic: Ethtool) -> ProbeCheck:
+    """Whether a virtual interface has RX queues of a NIC."""
+    name, needed = "leased queues", "one or more RX queues of the host's NIC, with header split on there"
+    leased = queues_leased_to(nic.ifindex)
+    if leased:
+        text = ", ".join(map(str, leased))
+        return ok(name, f"{text}; header split, RSS and ntuple rules are the host's to set", needed)
+    if not read_link(nic.ifindex).up:
+        return error(name, "not told while the interface is down", needed, f"sudo ip link set dev {nic.nic} up")
+    fix = (
+        f"sudo devmem-tcp lease NIC QUEUE --to {nic.nic} --netns PID   # on the host; PID: a process of this container"
+    )
+    return error(name, "none", needed, fix)
 
 
 def sending(nic: Ethtool) -> ProbeCheck:
@@ -140,6 +168,15 @@ NECESSARY: Final[dict[str, NicCheck]] = {
     "sending": sending,
 }
 """What decides whether the kernel backend can run on a NIC."""
+
+_OF_THE_HOST: Final = frozenset({"header split", "ntuple rules", "RX queues", "RSS"})
+
+
+def checks_of(nic: Ethtool, checks: Mapping[str, NicCheck]) -> dict[str, NicCheck]:
+    """Return the checks to make: of a virtual interface not those of what its host's NIC has."""
+    if not is_lessee(nic):
+        return dict(checks)
+    return {"leased queues": leased_queues} | {name: one for name, one in checks.items() if name not in _OF_THE_HOST}
 
 
 def driver(nic: Ethtool) -> ProbeCheck:
@@ -181,4 +218,4 @@ def nic_checks(name: str, checks: Mapping[str, NicCheck]) -> list[ProbeCheck]:
         left_out = ", ".join(checks)
         return [first, warning("not looked at", f"without an interface: {left_out}", "", "")]
     with nic:
-        return [first, *(looked_at(title, partial(check, nic)) for title, check in checks.items())]
+        return [first, *(looked_at(title, partial(check, nic)) for title, check in checks_of(nic, checks).items())]

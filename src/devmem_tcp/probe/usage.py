@@ -8,6 +8,7 @@ from devmem_tcp.errors import KernelError
 from devmem_tcp.kernel import netdev
 from devmem_tcp.kernel.ethtool import Ethtool
 from devmem_tcp.kernel.journal import Entry, Journal, current_process, is_alive
+from devmem_tcp.kernel.leasing import is_lessee
 from devmem_tcp.nicmodel.isolation import isolation_warnings
 from devmem_tcp.probe.finding import ok, warning
 from devmem_tcp.sys import calls
@@ -22,6 +23,8 @@ _FIX: Final = "; fix: "
 def page_pools(nic: Ethtool) -> ProbeCheck:
     """Which page pools the NIC has, how many pages are out, and whether one waits for pages that nobody returns."""
     name, needed = "page pools", "no pool that its NIC has let go waits for pages"
+    if is_lessee(nic):
+        return ok(name, "those of leased queues are told on the host", needed)
     pools = netdev.page_pools(nic.ifindex)
     uptime_s = float(calls.read_text("/proc/uptime").split()[0])  # of CLOCK_BOOTTIME, as is detach_time_s
     out = sum(pool.inflight for pool in pools)
@@ -50,14 +53,15 @@ def _statistics(nic: Ethtool) -> str:
 def bound_queues(nic: Ethtool) -> ProbeCheck:
     """Whether RSS sends strangers' traffic to a bound queue, and whether one has run out of pages."""
     name, needed = "bound queues", "RSS keeps off them, and they have pages left"
-    bound = {
-        queue.queue: queue.dmabuf_id
-        for queue in netdev.queues(nic.ifindex)
-        if queue.type is QueueType.RX and queue.dmabuf_id
-    }
-    if not bound:
-        return ok(name, "none now", needed)
-    found = ", ".join(f"{queue} (dmabuf id {dmabuf_id})" for queue, dmabuf_id in sorted(bound.items()))
+    queues = [queue for queue in netdev.queues(nic.ifindex) if queue.type is QueueType.RX]
+    bound = {queue.queue: queue.dmabuf_id for queue in queues if queue.dmabuf_id}
+    leased = [str(queue.queue) for queue in queues if queue.lease is not None]
+    texts = [f"{queue} (dmabuf id {dmabuf_id})" for queue, dmabuf_id in sorted(bound.items())]
+    found = ", ".join(texts) or "none now"
+    if leased:
+        found += f"; leased to virtual interfaces: {', '.join(leased)}"
+    if not bound or is_lessee(nic):
+        return ok(name, found, needed)
     for text in isolation_warnings(nic.rss().table, (), bound, nic=nic.nic):
         cause, _, fix = text.partition(_FIX)
         return warning(name, f"{found}; {cause}", needed, f"sudo {fix}")
