@@ -134,5 +134,11 @@ def end_on_signals() -> None:
             signal.signal(number, _end)
 
 
+def unwind_on_interrupt() -> None:
+    """Make Ctrl-C unwind the program from here on, since there may be something to close: see ``devmem_tcp_main``."""
+    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, signal.default_int_handler):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     raise SystemExit(_SIGNALLED + number)

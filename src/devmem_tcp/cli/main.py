@@ -37,6 +37,13 @@ class Program(click.Group):
         command: click.Command = importlib.import_module(f"devmem_tcp.cli.{cmd_name}").command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        found = super().resolve_command(ctx, args)
+        failure.unwind_on_interrupt()
+        return found
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the verbs without importing them: help is quick."""
         with formatter.section("Commands"):
@@ -58,7 +65,7 @@ def program() -> None:
 
 
 def main() -> None:
-    """Run the command line; the console script."""
+    """Run the command line: see ``devmem_tcp_main``."""
     failure.end_on_signals()
     try:
         program(prog_name="devmem-tcp")
