@@ -163,6 +163,10 @@ class SettingWarning(UserWarning):
     """A NIC setting was made less exact than asked for, or was left as someone else has it; the text says which."""
 
 
+class ShortageWarning(UserWarning):
+    """New connections have to wait, since the system is out of file descriptors or memory; the text says the fix."""
+
+
 class StarvationWarning(ResourceWarning):
     """No free page on a queue for over a second; the text says who holds how many tokens and for how long."""
 

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import gc
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ SIZE = 2 * MIB  # of both Buffers, unless a test says otherwise
 PATIENCE_S = 20.0  # far above what anything here takes: a test that waits so long has failed
 
 Result = TypeVar("Result")
+Scenario = Callable[[int], Awaitable[bool]]
 
 
 class Pair(NamedTuple):
@@ -125,3 +127,26 @@ async def turns(count: int) -> None:
     """Let the loop turn so many times."""
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+def cancel_everywhere(scenario: Scenario, at_least: int) -> None:
+    """Run a scenario with its verb cancelled ever later; ``at_least`` so many times it must have been in time."""
+    before = open_fds()
+    count = 1
+    while not run(partial(scenario, count)):
+        assert open_fds() == before
+        count += 1
+    assert open_fds() == before
+    assert count > at_least
+
+
+async def cancel_after(count: int, verb: Coroutine[Any, Any, Any]) -> bool:
+    """Cancel a verb after so many turns of the loop; answers whether it was done before."""
+    task = asyncio.create_task(verb)
+    await turns(count)
+    task.cancel()
+    await asyncio.wait([task])
+    if task.cancelled():
+        return False
+    task.result()
+    return True

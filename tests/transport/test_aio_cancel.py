@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine
-from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +19,10 @@ from aio_ends import (
     PATIENCE_S,
     SIZE,
     Pair,
+    cancel_after,
+    cancel_everywhere,
     check_idle,
     check_passes,
-    open_fds,
     paired,
     pattern,
     receiving,
@@ -38,30 +36,6 @@ from devmem_tcp import aio
 from devmem_tcp.errors import BrokenError
 
 ONE = pattern(3 * MIB + 5, 1)  # larger than what may be under way
-Scenario = Callable[[int], Awaitable[bool]]
-
-
-def cancel_everywhere(scenario: Scenario, at_least: int) -> None:
-    """Run a scenario with its verb cancelled ever later; ``at_least`` so many times it must have been in time."""
-    before = open_fds()
-    count = 1
-    while not run(partial(scenario, count)):
-        assert open_fds() == before
-        count += 1
-    assert open_fds() == before
-    assert count > at_least
-
-
-async def cancel_after(count: int, verb: Coroutine[Any, Any, Any]) -> bool:
-    """Cancel a verb after so many turns of the loop; answers whether it was done before."""
-    task = asyncio.create_task(verb)
-    await turns(count)
-    task.cancel()
-    await asyncio.wait([task])
-    if task.cancelled():
-        return False
-    task.result()
-    return True
 
 
 async def take_until_probe(pair: Pair) -> list[str]:

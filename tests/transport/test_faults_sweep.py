@@ -35,11 +35,12 @@ def names(runs: tuple[SweepRun, ...]) -> set[str]:
     return {run.call for run in runs}
 
 
+@pytest.mark.filterwarnings("ignore::devmem_tcp.errors.ShortageWarning")  # it is what EMFILE is told by
 @pytest.mark.parametrize("code", [errno.ECONNRESET, errno.EMFILE], ids=errno.errorcode.get)
 def test_a_receiver_in_which_any_call_fails(peers: Nursery, code: int) -> None:
     def receive() -> None:
         with (
-            surviving(size=SMALL, lanes=2) as end,
+            surviving(size=SMALL, lanes=2, handshake_timeout_s=0.5) as end,  # one that a lane is lost to ends no sooner
             peers.peer("honest_sender", address=end.receiver.address, lanes=2, seeds=[1]) as honest,
         ):
             honest.go()

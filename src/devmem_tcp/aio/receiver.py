@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self, Unpack
 
 from devmem_tcp.aio.end import End, Opening
 from devmem_tcp.buffers import Allocator, Buffer
@@ -13,7 +13,7 @@ from devmem_tcp.transport.message import Message
 from devmem_tcp.transport.receiver_engine import ReceiverEngine
 from devmem_tcp.transport.receiver_verbs import ReceiverVerbs
 from devmem_tcp.transport.receiving import Into
-from devmem_tcp.transport.terms import SessionOptions
+from devmem_tcp.transport.terms import SessionArguments, SessionOptions
 from devmem_tcp.transport.waiting import Verb
 from devmem_tcp.types import Address
 
@@ -107,7 +107,7 @@ def open_receiver(
     strict: bool = False,
     steer: bool = True,
     timeout_s: float | None = None,
-    **session: Any,
+    **session: Unpack[SessionArguments],
 ) -> Opening[Receiver]:
     """Open a receiver of tensors on a NIC: ``async with open_receiver(nic, …) as receiver``, or await it.
 

@@ -53,6 +53,7 @@ class Calling:
         self._on_session = on_session
         self._strict = strict
         self._end = time.monotonic() + options.handshake_timeout_s
+        self._tls = TlsEnd(options.tls, server=False, hostname=to[0]) if options.tls is not None else None
         self._candidates = resolve(to, passive=False)
         self._sock: calls.Socket | None = None
         self._control: ControlConnection | None = None
@@ -120,7 +121,6 @@ class Calling:
 
     def _shake(self, sock: calls.Socket) -> None:
         options = self._options
-        tls = TlsEnd(options.tls, server=False, hostname=self._to[0]) if options.tls is not None else None
         local = is_loopback(calls.remote_address(sock))
         self._connector = Connector(
             options.terms(self._role, self._nic.capabilities.backend, peer_is_local=local),
@@ -128,7 +128,7 @@ class Calling:
             now=time.monotonic(),
             timeout_s=max(0.0, self._end - time.monotonic()),
         )
-        self._control = ControlConnection(sock, self._poller, self._hear, tls)
+        self._control = ControlConnection(sock, self._poller, self._hear, self._tls)
         self._control.send(self._connector.data_to_send())
 
     def _hear(self) -> None:

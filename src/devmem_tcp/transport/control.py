@@ -53,7 +53,8 @@ class ControlConnection:
         self.remote: Final[Address] = plain(self.remote_socket_address)
         poller.watch(sock.fileno(), READABLE, self._handle)
         if tls is not None:
-            self._write(tls.start())
+            tls.start()
+            self._write(tls.data_to_send())
 
     def _handle(self) -> None:
         if self._unsent:
@@ -61,7 +62,11 @@ class ControlConnection:
         self.on_ready()
 
     def receive(self) -> bytes | None:
-        """Return what has come; None: nothing; no bytes: the peer ended the connection, or it broke."""
+        """Return what has come; None: nothing; no bytes: the peer ended the connection, or it broke.
+
+        Raises:
+            BrokenError: TLS failed. The peer is told, in TLS's own way.
+        """
         if self._closed:
             return b""
         try:
@@ -69,14 +74,15 @@ class ControlConnection:
         except BlockingIOError:
             return None
         except OSError:
-            return b""
+            taken = 0
         data = bytes(memoryview(self._target)[:taken])
-        if self._tls is None or not data:
+        if self._tls is None:
             return data
-        clear, answer = self._tls.receive(data)
-        if answer:
-            self._write(answer)
-        return clear or None
+        try:
+            clear = self._tls.receive(data)
+        finally:
+            self._write(self._tls.data_to_send())  # an answer, or the alert
+        return clear or (None if data else b"")
 
     def send(self, data: bytes) -> None:
         """Send, now or as soon as the connection takes it.
@@ -84,14 +90,20 @@ class ControlConnection:
         Raises:
             BrokenError: the peer does not read: too much waits already.
         """
-        if data and not self._closed:
-            self._write(self._tls.send(data) if self._tls is not None else data)
+        if not data or self._closed:
+            return
+        if self._tls is not None:
+            self._tls.send(data)
+            data = self._tls.data_to_send()
+        self._write(data)
 
     @property
     def unsent_bytes(self) -> int:
         return len(self._unsent)
 
     def _write(self, data: bytes) -> None:
+        if not data:
+            return
         if len(self._unsent) + len(data) > _MAX_UNSENT:
             raise BrokenError(f"{len(self._unsent)} bytes wait on the control connection: the peer does not read")
         self._unsent += data
@@ -121,53 +133,64 @@ class ControlConnection:
 
 
 class TlsEnd:
-    """One end of TLS, without a socket.
+    """One end of TLS, without a socket. After every call, and failed ones too, ``data_to_send`` may have something.
 
     Args:
         context: the user's, with certificates and what it asks of the peer's.
         server: this end accepted the connection.
         hostname: whom the certificate is to name, for the connecting end.
+
+    Raises:
+        ValueError: a context for the other end.
     """
 
     def __init__(self, context: ssl.SSLContext, *, server: bool, hostname: str | None) -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._object = context.wrap_bio(
-            self._incoming, self._outgoing, server_side=server, server_hostname=None if server else hostname
-        )
+        try:
+            self._object = context.wrap_bio(
+                self._incoming, self._outgoing, server_side=server, server_hostname=None if server else hostname
+            )
+        except ssl.SSLError as error:
+            kind = "PROTOCOL_TLS_SERVER" if server else "PROTOCOL_TLS_CLIENT"
+            which = "listens" if server else "connects"
+            raise ValueError(f"tls= of the end that {which} has to be of ssl.{kind}: {error.reason or error}") from None
         self._shaken = False
         self._early = bytearray()  # to be sent once the handshake is through
 
-    def start(self) -> bytes:
-        """Return the first bytes to send."""
-        self._shake()
+    def data_to_send(self) -> bytes:
+        """Return what is to be sent next, once."""
         return self._outgoing.read()
 
-    def receive(self, data: bytes) -> tuple[bytes, bytes]:
-        """Take bytes off the wire; returns clear text, and what is to be sent in answer.
+    def start(self) -> None:
+        """Begin, if it is this end's part to begin."""
+        self._shake()
+
+    def receive(self, data: bytes) -> bytes:
+        """Take bytes off the wire, none at its end; returns clear text.
 
         Raises:
             BrokenError: this is not TLS, or the certificate is not the right one.
         """
+        if not data and not self._shaken:
+            raise _failed("the peer ended the connection")
         self._incoming.write(data)
         self._shake()
         clear = bytearray()
-        if self._shaken:
-            try:
-                while chunk := self._object.read(_READ_BYTES):
-                    clear += chunk
-            except ssl.SSLWantReadError:
-                pass
-            except ssl.SSLError as error:
-                raise BrokenError(f"TLS on the control connection failed: {error}") from None
-        return bytes(clear), self._outgoing.read()
+        try:
+            while self._shaken and (chunk := self._object.read(_READ_BYTES)):
+                clear += chunk
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            raise _failed(str(error)) from None
+        return bytes(clear)
 
-    def send(self, data: bytes) -> bytes:
-        """Take clear text; returns what is to be sent."""
-        if not self._shaken:
+    def send(self, data: bytes) -> None:
+        """Take clear text."""
+        if self._shaken:
+            self._object.write(data)
+        else:
             self._early += data
-            return b""
-        self._object.write(data)
-        return self._outgoing.read()
 
     def _shake(self) -> None:
         if self._shaken:
@@ -177,11 +200,15 @@ class TlsEnd:
         except ssl.SSLWantReadError:
             return
         except ssl.SSLError as error:
-            raise BrokenError(
-                f"TLS on the control connection failed: {error}",
-                hint="both ends need tls=, and certificates that the other trusts",
-            ) from None
+            raise _failed(str(error)) from None
         self._shaken = True
         if self._early:
             self._object.write(bytes(self._early))
             self._early.clear()
+
+
+def _failed(why: str) -> BrokenError:
+    return BrokenError(
+        f"TLS on the control connection failed: {why}",
+        hint="both ends need tls=, and certificates that the other trusts",
+    )

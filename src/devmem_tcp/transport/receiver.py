@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Unpack
 
 from devmem_tcp.buffers import Allocator, Buffer
 from devmem_tcp.closing import Closing
@@ -14,7 +14,7 @@ from devmem_tcp.transport.message import Message
 from devmem_tcp.transport.receiver_engine import ReceiverEngine
 from devmem_tcp.transport.receiver_verbs import ReceiverVerbs
 from devmem_tcp.transport.receiving import Into
-from devmem_tcp.transport.terms import SessionOptions
+from devmem_tcp.transport.terms import SessionArguments, SessionOptions
 from devmem_tcp.types import Address, SocketStats
 
 
@@ -129,7 +129,7 @@ def open_receiver(
     strict: bool = False,
     steer: bool = True,
     timeout_s: float | None = None,
-    **session: Any,
+    **session: Unpack[SessionArguments],
 ) -> Receiver:
     """Open a receiver of tensors on a NIC: bind memory to queues, steer to them, and wait for senders or go to one.
 

@@ -6,19 +6,28 @@ long; what a data connection says is proved before a byte of a message is read f
 
 from __future__ import annotations
 
+import errno
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 
 from devmem_tcp.buffers import Buffer
 from devmem_tcp.contract import DevmemSocket, Listener
-from devmem_tcp.endpoints import is_loopback, plain
-from devmem_tcp.errors import BrokenError, DevmemError, NotZeroCopy, RemoteProtocolError, SteeringWarning
+from devmem_tcp.endpoints import is_loopback, plain, show
+from devmem_tcp.errors import (
+    BrokenError,
+    DevmemError,
+    NotZeroCopy,
+    RemoteProtocolError,
+    ShortageWarning,
+    SteeringWarning,
+    errno_name,
+)
 from devmem_tcp.sansio.frames import NONCE_BYTES, Role
 from devmem_tcp.sansio.handshake import (
     PREAMBLE_BYTES,
@@ -37,6 +46,21 @@ from devmem_tcp.types import Address
 
 MAX_WAITING: Final = 128  # connections of either kind that have not shown yet who they are
 _ACCEPTS_A_TURN: Final = 16
+_SHORTAGE_PAUSE_S: Final = 0.1
+
+_SHORTAGES: Final = {
+    errno.EMFILE: "this process has as many files open as it may: ulimit -n 65536, or LimitNOFILE=65536 in its unit",
+    errno.ENFILE: "the system has as many files open as it may: sysctl fs.file-nr says how many, fs.file-max sets it",
+    errno.ENOBUFS: "the kernel has no memory for more connections: see `free -m` and `ss -s`",
+    errno.ENOMEM: "the kernel has no memory for more connections: see `free -m` and `ss -s`",
+}
+"""What accept(2) says when it cannot go on now, though a connection waits; and what to do about it."""
+
+_MISTAKES: Final = frozenset((errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK))
+"""What accept(2) says of the listening socket. Everything else concerns one connection that is gone already: Linux
+passes on what the network reported of it (accept(2), "Error handling"), or a firewall's EPERM."""
+
+Accepted = TypeVar("Accepted")
 
 
 class Established(NamedTuple):
@@ -111,13 +135,15 @@ class Reception:
         self._callers: dict[bytes, _Caller] = {}  # by session id
         self._strangers: dict[int, _Stranger] = {}  # by fd
         self._closed = False
+        self._resume_at: float | None = None  # nobody is taken in before, by time.monotonic
+        self._told_shortage = False
         self.refused = 0  #: connections that were turned away, for whatever reason
         self.last_refusal = ""
         try:
+            self._tls_end()  # an error belongs here
             self.address: Final[Address] = plain(calls.local_address(control))
             data.settimeout(0)
-            poller.watch(control.fileno(), READABLE, self._accept_control)
-            poller.watch(data.fileno(), READABLE, self._accept_data)
+            self._watch()
         except BaseException:
             calls.close_socket(control)
             raise
@@ -132,17 +158,55 @@ class Reception:
         """How many of them are with peers that have proved to know the key."""
         return sum(caller.proved for caller in self._callers.values())
 
+    # --- who comes ---
+
+    def _watch(self) -> None:
+        self._poller.watch(self._control.fileno(), READABLE, self._accept_control)
+        self._poller.watch(self._data.fileno(), READABLE, self._accept_data)
+
+    def _arrivals(self, accept: Callable[[], Accepted]) -> Iterator[Accepted]:
+        """Accept those who wait, as many as a turn may take."""
+        for _ in range(_ACCEPTS_A_TURN):
+            try:
+                arrived = accept()
+            except BlockingIOError:
+                return
+            except NotZeroCopy as error:
+                self._note_refusal(str(error))
+                continue
+            except OSError as error:
+                if error.errno in _SHORTAGES:
+                    self._pause(error)
+                    return
+                if error.errno in _MISTAKES:
+                    raise
+                self._note_refusal(str(error))  # gone before it said anything
+                continue
+            yield arrived
+
+    def _pause(self, shortage: OSError) -> None:
+        """Take in nobody for a moment: who waits stays ready, and would be met in vain again and again."""
+        self._unwatch()
+        self._resume_at = time.monotonic() + _SHORTAGE_PAUSE_S
+        if not self._told_shortage:
+            self._told_shortage = True
+            number = shortage.errno or 0
+            warnings.warn(
+                f"connections to {show(self.address)} wait: accept says {errno_name(number)} ({shortage.strerror}). "
+                "Sessions under way go on; who waits is taken in when that is over."
+                f"\n  hint: {_SHORTAGES[number]}",
+                ShortageWarning,
+                stacklevel=2,
+            )
+
+    def _unwatch(self) -> None:
+        self._poller.forget(self._control.fileno())
+        self._poller.forget(self._data.fileno())
+
     # --- control connections ---
 
     def _accept_control(self) -> None:
-        for _ in range(_ACCEPTS_A_TURN):
-            try:
-                sock = calls.accept(self._control)
-            except BlockingIOError:
-                return
-            except ConnectionError as error:  # gone before it said anything
-                self._note_refusal(str(error))
-                continue
+        for sock in self._arrivals(lambda: calls.accept(self._control)):
             if len(self._callers) >= MAX_WAITING and not self._drop_slowest():
                 calls.close_socket(sock)
                 self._note_refusal(f"{MAX_WAITING} peers are shaking hands already")
@@ -156,8 +220,7 @@ class Reception:
     def _take_caller(self, sock: calls.Socket) -> None:
         calls.set_timeout(sock, 0)
         options = self._options
-        tls = TlsEnd(options.tls, server=True, hostname=None) if options.tls is not None else None
-        control = ControlConnection(sock, self._poller, lambda: None, tls)
+        control = ControlConnection(sock, self._poller, lambda: None, self._tls_end())
         acceptor = Acceptor(
             options.terms(self._role, self._backend, peer_is_local=is_loopback(control.remote_socket_address)),
             nonce=secrets.token_bytes(NONCE_BYTES),
@@ -169,6 +232,9 @@ class Reception:
         caller = self._callers[acceptor.session_id] = _Caller(control, acceptor)
         control.on_ready = partial(self._hear, caller)
         self._advance(caller)
+
+    def _tls_end(self) -> TlsEnd | None:
+        return TlsEnd(self._options.tls, server=True, hostname=None) if self._options.tls is not None else None
 
     def _drop_slowest(self) -> bool:
         """Drop who has taken longest to prove anything; who comes after many strangers is heard even so."""
@@ -232,17 +298,7 @@ class Reception:
             return self._data.accept()
 
     def _accept_data(self) -> None:
-        for _ in range(_ACCEPTS_A_TURN):
-            try:
-                sock = self._accept_lane()
-            except BlockingIOError:
-                return
-            except ConnectionError as error:  # gone before it said anything
-                self._note_refusal(str(error))
-                continue
-            except NotZeroCopy as error:
-                self._note_refusal(str(error))
-                continue
+        for sock in self._arrivals(self._accept_lane):
             if len(self._strangers) >= MAX_WAITING:
                 slowest = next(iter(self._strangers.values()))
                 self._turn_away(slowest, f"{MAX_WAITING} data connections came before this one said whose it is")
@@ -251,6 +307,9 @@ class Reception:
             except OSError as error:
                 sock.close()
                 self._note_refusal(str(error))
+                if error.errno in _SHORTAGES:  # to watch it takes file descriptors, too
+                    self._pause(error)
+                    return
 
     def _take_stranger(self, sock: DevmemSocket) -> None:
         sock.settimeout(0)
@@ -306,28 +365,32 @@ class Reception:
     def deadline(self) -> float | None:
         """Return when to call ``tick``."""
         if not self._strangers and not self._callers:
-            return None
+            return self._resume_at
         due = [stranger.deadline for stranger in self._strangers.values()]
+        due += [] if self._resume_at is None else [self._resume_at]
         due += [at for caller in self._callers.values() if (at := caller.acceptor.deadline()) is not None]
         return min(due, default=None)
 
     def tick(self, now: float) -> None:
-        """Turn away whoever took too long."""
+        """Turn away whoever took too long, and take in others again after a shortage."""
         for stranger in list(self._strangers.values()):
             if now >= stranger.deadline:
                 self._turn_away(stranger, "a data connection did not say in time whose it is")
         for caller in list(self._callers.values()):
             caller.acceptor.tick(now)
             self._advance(caller)
+        if self._resume_at is not None and now >= self._resume_at:
+            self._watch()
+            self._resume_at = None
 
     def close(self) -> None:
         """Listen no more, and drop who is not in yet. Idempotent."""
         if self._closed:
             return
         self._closed = True
-        self._poller.forget(self._control.fileno())
+        self._resume_at = None
+        self._unwatch()
         calls.close_socket(self._control)
-        self._poller.forget(self._data.fileno())
         self._data.close()
         for stranger in list(self._strangers.values()):
             self._forget(stranger)

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from devmem_tcp.sansio.frames import MAX_LANES, Limits, Role
 from devmem_tcp.sansio.handshake import DEFAULT_TIMEOUT_S, MIN_KEY_BYTES, Terms
 from devmem_tcp.sansio.session import KeepAlive
 from devmem_tcp.transport.checksums import available_checksums
+
+
+class SessionArguments(TypedDict, total=False):
+    """What ``open_receiver``, ``open_sender`` and the like pass on to ``SessionOptions``, where it is explained."""
+
+    key: bytes | None
+    insecure: bool
+    lanes: int
+    max_message_bytes: int
+    keep_alive: KeepAlive | None
+    tls: ssl.SSLContext | None
+    handshake_timeout_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
