@@ -7,8 +7,10 @@ for good; so each is made in a thread of its own that has moved there (setns(2))
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import socket
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
@@ -43,6 +45,12 @@ class FarEnd:
         """Return a plain listening socket of the far end, of any free port, in the IP version of address ``near``."""
         host, family = (self.ipv6, socket.AF_INET6) if ":" in near else (self.ipv4, socket.AF_INET)
         return self.make(lambda: socket.create_server((host, 0), family=family))
+
+    def nic(self) -> str:
+        """Return the name of its NIC."""
+        shown = subprocess.run(["ip", "-netns", self.namespace, "-json", "link"], capture_output=True, check=True)
+        (name,) = (one["ifname"] for one in json.loads(shown.stdout) if one["link_type"] == "ether")
+        return str(name)
 
     def make(self, what: Callable[[], Made]) -> Made:
         """Return what ``what()`` returns in the far end's namespace."""

@@ -1,4 +1,7 @@
-"""One end of a session, as a program: ``tensor_end.py send|receive BACKEND NIC HOST PORT BYTES``; says JSON lines."""
+"""One end of a session, as a program: ``tensor_end.py send|receive BACKEND NIC HOST PORT BYTES [BROKER]``.
+
+It says JSON lines.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 import devmem_tcp as dmt
+from devmem_tcp.broker.client import BrokerMemory
+from devmem_tcp.buffers import Allocator
 from devmem_tcp.transport import open_receiver, open_sender
 
 KEY = b"the key that both ends of a test have"
@@ -35,9 +40,9 @@ def say(**what: Any) -> None:
     print(json.dumps(what), flush=True)
 
 
-def receive(nic: dmt.Nic, host: str, port: int) -> None:
+def receive(nic: dmt.Nic, memory: Allocator | None, host: str, port: int) -> None:
     found = {"dmabuf": 0, "linear": 0, "host": 0, "messages": 0, "wrong": 0}
-    with open_receiver(nic, listen=(host, port), size=BUFFER_BYTES, key=KEY, lanes=2) as receiver:
+    with open_receiver(nic, listen=(host, port), memory=memory, size=BUFFER_BYTES, key=KEY, lanes=2) as receiver:
         say(listening=receiver.address)
         for message in receiver:
             with message:
@@ -50,8 +55,9 @@ def receive(nic: dmt.Nic, host: str, port: int) -> None:
     say(**found)
 
 
-def send(nic: dmt.Nic, host: str, port: int, total: int) -> None:
-    with open_sender(nic, to=(host, port), size=BUFFER_BYTES // 2, key=KEY, lanes=2, timeout_s=PATIENCE_S) as sender:
+def send(nic: dmt.Nic, memory: Allocator | None, host: str, port: int, total: int) -> None:
+    bound: dict[str, Any] = {"memory": memory, "size": BUFFER_BYTES // 2}
+    with open_sender(nic, to=(host, port), key=KEY, lanes=2, timeout_s=PATIENCE_S, **bound) as sender:
         for number, nbytes in enumerate(sizes(total)):
             sender.send(tensor(number, nbytes), f"tensor {number}")
         stats = sender.stats()
@@ -61,12 +67,13 @@ def send(nic: dmt.Nic, host: str, port: int, total: int) -> None:
     )
 
 
-def main(role: str, backend: str, nic_name: str, host: str, port: str, total: str) -> None:
-    with dmt.open_nic(nic_name, backend=backend) as nic:
+def main(role: str, backend: str, nic_name: str, host: str, port: str, total: str, broker: str = "") -> None:
+    memory = BrokerMemory(broker) if broker else None
+    with dmt.open_nic(nic_name, backend=backend, via=broker or None) as nic:
         if role == "receive":
-            receive(nic, host, int(port))
+            receive(nic, memory, host, int(port))
         else:
-            send(nic, host, int(port), int(total))
+            send(nic, memory, host, int(port), int(total))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import errno
 import os
 import selectors
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -28,12 +27,13 @@ from devmem_tcp.kernel import netdev
 from devmem_tcp.kernel.attachment import Registry
 from devmem_tcp.kernel.binding import KernelRxBinding, bind_rx, bind_tx
 from devmem_tcp.kernel.control import NicControl
+from devmem_tcp.kernel.settings import NicSettings
 from devmem_tcp.kernel.socket import KernelSocket
 from devmem_tcp.memory import Udmabuf
 from devmem_tcp.sys import calls
 from devmem_tcp.sys.messages import ReceivedMessage
 from devmem_tcp.sys.netlink import GenericNetlink
-from devmem_tcp.types import PAGE_SIZE, CompletionRange, FragBatch, FragKind, QueueStats
+from devmem_tcp.types import PAGE_SIZE, CompletionRange, FlowRule, FragBatch, FragKind, QueueStats
 from devmem_tcp.uapi.netdev import FAMILY, QueueType
 from devmem_tcp.uapi.socket import MSG_SOCK_DEVMEM, pack_tokens
 from far_end import FarEnd
@@ -90,18 +90,14 @@ def queue_stats(queue: int) -> QueueStats:
 SMALL_PAGES: Final = 128
 
 
-def ethtool(*arguments: str) -> None:
-    subprocess.run(["ethtool", *arguments], check=True, capture_output=True, timeout=PATIENCE_S)
-
-
 @pytest.fixture(scope="module", autouse=True)
-def steering() -> None:
+def steering() -> Iterator[None]:
     """Header split on, RSS on queue 0, one port steered to the queue that is bound."""
-    ethtool("-G", NIC, "tcp-data-split", "on")
-    ethtool("-K", NIC, "ntuple", "on")
-    ethtool("-X", NIC, "equal", "1")
-    for version in NEAR:
-        ethtool("-N", NIC, "flow-type", f"tcp{version}", "dst-port", str(STEERED_PORT), "action", str(QUEUE))
+    with NicSettings(NIC) as settings:
+        settings.set_header_split("on")
+        settings.set_rss(equal=1)
+        settings.add_ntuple(FlowRule(dst_port=STEERED_PORT, queue=QUEUE))
+        yield
 
 
 class Ends(NamedTuple):

@@ -51,18 +51,10 @@ def end(arguments: tuple[str, ...], prefix: tuple[str, ...] = ()) -> Iterator[En
         made.process.stdout.close()
 
 
-def far_nic(far: FarEnd) -> str:
-    shown = subprocess.run(
-        ["ip", "-netns", far.namespace, "-json", "link"], stdout=subprocess.PIPE, check=True, timeout=10
-    )
-    (name,) = (one["ifname"] for one in json.loads(shown.stdout) if one["link_type"] == "ether")
-    return str(name)
-
-
 @pytest.mark.parametrize("host", NEAR, ids=["ipv4", "ipv6"])
 @pytest.mark.parametrize(("receiver", "sender"), [("kernel", "kernel"), ("kernel", "software"), ("software", "kernel")])
 def test_tensors_between_backends(far: FarEnd, host: str, receiver: str, sender: str) -> None:
-    nics = {"kernel": (NETIF, far_nic(far)), "software": ("soft0", "soft0")}
+    nics = {"kernel": (NETIF, far.nic()), "software": ("soft0", "soft0")}
     with end(("receive", receiver, nics[receiver][0], host, "0", "0")) as near:
         address = near.says().get("listening")
         assert address, near.process.wait()

@@ -23,6 +23,7 @@ from devmem_tcp.errors import (
     StaleFragError,
     Timeout,
 )
+from devmem_tcp.memory.host import Host, HostBuffer
 from devmem_tcp.safetensors.asking import MAX_INDEXES, AskTensors, encode_ask, take_answer
 from devmem_tcp.safetensors.catalog import Catalog
 from devmem_tcp.safetensors.fetching import fetch_tensors, list_tensors
@@ -124,6 +125,22 @@ def test_into_arrays_of_the_callers(files: list[Path]) -> None:
             fetch_tensors(nic, served.address, out="x", into={})
     for name in ("a.big.1", "a.layers.0.weight"):
         assert into[name].tobytes() == wanted[name][2]  # type: ignore[attr-defined]
+
+
+def test_what_asks_for_the_catalog_is_of_the_memory_given_too(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, allocated = Host(), list[int]()
+    allocate = given.allocate
+
+    def count(size_bytes: int) -> HostBuffer:
+        allocated.append(size_bytes)
+        return allocate(size_bytes)
+
+    monkeypatch.setattr(given, "allocate", count)
+    with serving(*files) as served, client_nic() as nic:
+        fetch_tensors(nic, served.address, memory=given).close()
+    assert len(allocated) == 2
 
 
 def test_what_the_buffer_cannot_hold_is_said_before_it_is_sent(files: list[Path]) -> None:

@@ -220,7 +220,7 @@ def fetch_tensors(
                 remote, chosen, out, progress=progress, overwrite=overwrite, checkpoint_bytes=checkpoint_bytes
             )
     if size is None and buffer is None:
-        catalog = list_tensors(nic, to, **options).select(only)
+        catalog = list_tensors(nic, to, memory=memory, **options).select(only)
         placement = nic.capabilities.placement
         held = [entry for entry in catalog.entries if entry.name not in (into or {})]
         size = size_to_hold(held, placement=placement) + (DEFAULT_SIZE if into else 0)

@@ -10,6 +10,7 @@ from devmem_tcp.buffers import Allocator, Buffer
 from devmem_tcp.contract import Nic, RxBinding, TxBinding
 from devmem_tcp.errors import DevmemError
 from devmem_tcp.memory import Host, Udmabuf
+from devmem_tcp.nicmodel.isolation import weights_without
 from devmem_tcp.types import Address
 
 DEFAULT_SIZE: Final = 256 << 20
@@ -40,7 +41,8 @@ class Arrangement:
         """Bind the Buffer to queues (None: the last one), and keep other traffic off them.
 
         Args:
-            steer: turn header split on, and take the queues out of RSS; if not, that is somebody else's to do.
+            steer: turn header split on, and take the queues out of RSS unless they are; if not, that is somebody
+                else's to do.
 
         Raises:
             DevmemError: no queue would be left for other traffic.
@@ -49,14 +51,16 @@ class Arrangement:
         count = self.nic.capabilities.rx_queues
         chosen = list(queues) if queues is not None else [count - 1]
         if steer:
-            others = [int(queue not in chosen) for queue in range(count)]
+            table = self.nic.rss_table
+            others = weights_without(chosen, table, count)
             if not any(others):
                 raise DevmemError(
                     f"{self.nic.name} has {count} RX queues, all to be bound: none is left for other traffic",
                     hint="bind fewer queues=, or give the NIC more: ethtool -L NIC combined N",
                 )
             self.held.enter_context(self.nic.set_header_split("on"))
-            self.held.enter_context(self.nic.set_rss(weights=others))
+            if not set(table).isdisjoint(chosen):
+                self.held.enter_context(self.nic.set_rss(weights=others))
         return self.held.enter_context(self.nic.bind_rx(self.buffer, chosen))
 
     def steer_to(self, port: int, queue: int) -> None:
