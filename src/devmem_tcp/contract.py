@@ -337,6 +337,19 @@ class DevmemSocket(Closing):
     def send_fileno(self) -> int:
         """An fd for poll, select and asyncio alone: ready for writing when ``send_frags`` takes something."""
 
+    @abstractmethod
+    def set_low_water(self, size_bytes: int) -> None:
+        """Let ``fileno`` be ready to read only once so many bytes are here, or the end of the stream; 1: any.
+
+        Fewer wake-ups, for a program that knows how much is to come, and receives with a time limit of 0: what is here
+        it gets as before. A receive that waits may not be woken by less (docs/gotchas.md).
+
+        Kernel: SO_RCVLOWAT, which is cut to half of the receive buffer (net/ipv4/tcp.c, tcp_set_rcvlowat).
+
+        Raises:
+            ValueError: it is not positive.
+        """
+
     @property
     @abstractmethod
     def local_address(self) -> Address: ...

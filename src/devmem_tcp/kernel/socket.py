@@ -292,6 +292,10 @@ class KernelSocket(contract.DevmemSocket):
         self._check_open()
         return self._sock.fileno()
 
+    def set_low_water(self, size_bytes: int) -> None:
+        self._check_open()
+        self._limits.set_low_water(size_bytes)
+
     @property
     def local_address(self) -> Address:
         return self._local

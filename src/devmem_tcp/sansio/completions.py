@@ -40,6 +40,11 @@ class CompletionQueue:
         return ranges
 
     @property
+    def waiting(self) -> bool:
+        """Whether there is one whose completion was not taken."""
+        return bool(self._ranges)
+
+    @property
     def count(self) -> int:
         """Sends whose completion was not taken."""
         return sum((high - low) % _MODULUS + 1 for low, high in self._ranges)

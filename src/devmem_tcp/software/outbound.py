@@ -114,7 +114,7 @@ class Outbound:
     @property
     def has_completions(self) -> bool:
         """Whether it is worth to call ``read_completions``: a hostile NIC may have none to show even so."""
-        return self.incomplete > 0
+        return bool(self._unreported) or self._completions.waiting
 
     @property
     def incomplete(self) -> int:

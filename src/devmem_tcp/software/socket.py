@@ -14,7 +14,7 @@ from typing import Final, TypeVar, TypeVarTuple
 
 from devmem_tcp import contract
 from devmem_tcp.contract import DEFAULT_MAX_BYTES, DEFAULT_MAX_FRAGS
-from devmem_tcp.endpoints import WaitLimits, show
+from devmem_tcp.endpoints import WaitLimits, show, worth_waking
 from devmem_tcp.errors import (
     ClosedError,
     ControlTruncated,
@@ -93,7 +93,7 @@ class SoftwareSocket(contract.DevmemSocket):
             self._recv_calls += 1
             if all and self._timeout_s != 0:  # no page could be held in vain: it may wait in the system itself
                 taken = self._recv_all(window)
-            elif self._timeout_s is None:
+            elif self._timeout_s is None and self._limits.low_water == 1:
                 self._limits.set(calls.SO_RCVTIMEO, None)
                 taken = calls.recv_into(self._sock, window)
             else:
@@ -105,12 +105,31 @@ class SoftwareSocket(contract.DevmemSocket):
         return taken
 
     def _recv_all(self, window: memoryview) -> int:
-        self._limits.set(calls.SO_RCVTIMEO, self._timeout_s)
+        """Fill a window; fewer bytes: the time was over, or the stream."""
+        taken, size = 0, len(window)
+        deadline = None if self._timeout_s is None else time.monotonic() + self._timeout_s
         self._readiness.wants_data()
+        self._limits.set(calls.SO_RCVTIMEO, self._timeout_s)
         try:
-            return calls.recv_into(self._sock, window, calls.MSG_WAITALL)
-        except BlockingIOError:
-            raise Timeout(f"nothing arrived from {show(self.remote_address)} in {self._timeout_s} s") from None
+            while taken < size:
+                came = self._recv_more(window[taken:] if taken else window, deadline)
+                if not came:
+                    break
+                taken += came
+        except (BlockingIOError, Timeout):
+            if not taken:
+                raise self._nothing_came() from None
+        return taken
+
+    def _recv_more(self, window: memoryview, deadline: float | None) -> int:
+        """Receive all of a small window, or some of a larger one: in few calls if there is much to come."""
+        mark = worth_waking(len(window))
+        if 1 < mark < len(window):
+            self._limits.set_low_water(mark)
+            self._wait_for_data(deadline)
+            return calls.recv_into(self._sock, window, calls.MSG_DONTWAIT)
+        self._limits.set_low_water(1)
+        return calls.recv_into(self._sock, window, calls.MSG_WAITALL if mark > 1 else 0)
 
     def recv_into(self, target: bytearray | memoryview) -> int:
         self._check_open()
@@ -151,7 +170,10 @@ class SoftwareSocket(contract.DevmemSocket):
     def _wait_for_data(self, deadline: float | None) -> None:
         left = None if deadline is None else deadline - time.monotonic()
         if (left is not None and left <= 0) or not calls.wait(self._readable, left):
-            raise Timeout(f"nothing arrived from {show(self.remote_address)} in {self._timeout_s} s")
+            raise self._nothing_came()
+
+    def _nothing_came(self) -> Timeout:
+        return Timeout(f"nothing arrived from {show(self.remote_address)} in {self._timeout_s} s")
 
     # --- tokens ---
 
@@ -252,6 +274,10 @@ class SoftwareSocket(contract.DevmemSocket):
     def send_fileno(self) -> int:
         self._check_open()
         return self._sock.fileno()
+
+    def set_low_water(self, size_bytes: int) -> None:
+        self._check_open()
+        self._limits.set_low_water(size_bytes)
 
     @property
     def local_address(self) -> Address:

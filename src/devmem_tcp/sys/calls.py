@@ -48,6 +48,7 @@ MSG_CTRUNC: Final = socket.MSG_CTRUNC
 SOL_SOCKET: Final = socket.SOL_SOCKET
 SO_MEMINFO: Final = 55  # asm-generic/socket.h; the socket module has no name for it
 SO_BINDTODEVICE: Final = socket.SO_BINDTODEVICE
+SO_RCVLOWAT: Final = socket.SO_RCVLOWAT
 SO_RCVTIMEO: Final = socket.SO_RCVTIMEO
 SO_REUSEADDR: Final = socket.SO_REUSEADDR
 SO_PEERCRED: Final = socket.SO_PEERCRED

@@ -143,6 +143,45 @@ def test_fd_is_ready_for_completions(rig: Rig) -> None:
     assert not ready(pair.sock, 0)
 
 
+def test_fd_is_ready_at_the_low_water_mark(rig: Rig) -> None:
+    pair = rig.bound_pair()
+    pair.sock.settimeout(0)
+    pair.sock.set_low_water(10_000)
+    pair.peer.sendall(rig.payload(9_999))
+    assert not ready(pair.sock, STARVE_WAIT_S)
+    pair.peer.sendall(b"!")
+    assert ready(pair.sock, rig.patience_s)
+    while len(pair.collector.data) < 10_000:
+        pair.collector.recv(10_000)
+    pair.peer.sendall(b"few")
+    assert not ready(pair.sock, STARVE_WAIT_S)
+    pair.sock.set_low_water(1)
+    assert ready(pair.sock, rig.patience_s)
+
+
+def test_what_is_under_the_low_water_mark_can_be_received(rig: Rig) -> None:
+    pair = rig.bound_pair()
+    pair.peer.sendall(b"few")
+    assert ready(pair.sock, rig.patience_s)
+    pair.sock.set_low_water(10_000)
+    pair.sock.settimeout(0)
+    pair.collector.recv(100)
+    assert pair.collector.data == b"few"
+    for size_bytes in (0, -1):
+        with raises(ValueError):
+            pair.sock.set_low_water(size_bytes)
+
+
+def test_fd_is_ready_at_the_end_of_the_stream_whatever_the_low_water_mark(rig: Rig) -> None:
+    pair = rig.bound_pair()
+    pair.sock.set_low_water(10_000)
+    pair.peer.sendall(b"few")
+    assert not ready(pair.sock, STARVE_WAIT_S)
+    pair.peer.shutdown(socket.SHUT_WR)
+    assert ready(pair.sock, rig.patience_s)
+    assert pair.collector.recv_to_end() == b"few"
+
+
 def test_fd_stays_the_same(rig: Rig) -> None:
     """Event loops register it once."""
     pair = rig.bound_pair()
