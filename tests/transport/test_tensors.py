@@ -114,6 +114,16 @@ def test_a_message_larger_than_the_buffer_is_copied_out_as_it_comes() -> None:
     np.testing.assert_array_equal(arrived, array)
 
 
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_an_array_goes_through_a_few_pages_for_sending(lanes: int) -> None:
+    array = pattern(3 * MIB + 5)
+    options = {"lanes": lanes}
+    with session(lambda message: copied(message)[1], receiver=options, sender=options | {"size": 16384}) as both:
+        both[0].send(array, timeout_s=20)
+    (arrived,) = both[1].results
+    np.testing.assert_array_equal(arrived, array)
+
+
 def test_messages_go_straight_into_the_callers_arrays() -> None:
     targets = {name: np.zeros(200_000, np.uint8) for name in "ab"}
     receiver = {"into": lambda header: targets.get(header.name)}

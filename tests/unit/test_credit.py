@@ -16,6 +16,10 @@ def due(credit: ReceiveCredit) -> bool:
     return credit.grant_is_due
 
 
+def plenty(credit: ReceiveCredit) -> bool:
+    return credit.is_plenty
+
+
 def test_a_sender_has_nothing_before_the_first_grant() -> None:
     credit = SendCredit()
     assert (credit.room(0), credit.messages_left) == (0, 0)
@@ -71,6 +75,23 @@ def test_a_starving_sender_gets_every_byte() -> None:
     credit.release(1)
     assert due(credit)
     assert credit.take_grant().total_bytes == 101
+
+
+@pytest.mark.parametrize(("nbytes", "messages"), [(51, 0), (0, 5)])
+def test_a_sender_has_plenty_until_half_is_used(nbytes: int, messages: int) -> None:
+    credit = ReceiveCredit(100, 8)
+    assert not plenty(credit)
+    credit.take_grant()
+    assert plenty(credit)
+    credit.bytes_arrived(0, max(0, nbytes - 1))
+    for _ in range(messages - 1):
+        credit.message_arrived()
+    assert plenty(credit)
+    if nbytes:
+        credit.bytes_arrived(nbytes - 1, 1)
+    else:
+        credit.message_arrived()
+    assert not plenty(credit)
 
 
 def test_what_was_not_granted_is_not_taken() -> None:

@@ -312,7 +312,7 @@ def test_a_declined_message_is_cancelled_by_its_sender() -> None:
     pair.control()
     pair.receiver.decline(0, "out of device memory")
     pair.receiver.decline(0, "again")
-    assert pair.receiver.expected(0) == ExpectedPiece(0, 0, PIECE, wanted=False)
+    assert pair.receiver.expected(0) == ExpectedPiece(0, 0, 10 * PIECE, wanted=False)
     pair.announce(b"next")
     pair.settle()
     assert [event for event in pair.sender_events if isinstance(event, MessageDeclined)] == [

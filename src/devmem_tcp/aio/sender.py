@@ -15,7 +15,7 @@ from devmem_tcp.transport.delivery import Delivery
 from devmem_tcp.transport.sender_engine import SenderEngine
 from devmem_tcp.transport.sender_verbs import MessageOptions, SenderVerbs, SentMessage, SeriesVerbs
 from devmem_tcp.transport.slot import ReservedArray, Room
-from devmem_tcp.transport.terms import SessionOptions
+from devmem_tcp.transport.terms import SessionArguments, SessionOptions
 from devmem_tcp.transport.waiting import Verb
 from devmem_tcp.types import Address
 
@@ -39,11 +39,10 @@ class Slot(ReservedArray):
 class Sent(SentMessage):
     """One message on its way. Cancelling a wait for it does not cancel the message."""
 
-    __slots__ = ("_attendant", "_verbs")
+    __slots__ = ("_attendant",)
 
     def __init__(self, verbs: SenderVerbs, attendant: Attendant, delivery: Delivery) -> None:
-        super().__init__(delivery)
-        self._verbs = verbs
+        super().__init__(verbs, delivery)
         self._attendant = attendant
 
     async def wait(self, timeout_s: float | None = None) -> None:
@@ -202,7 +201,7 @@ def open_sender(
     size: int = DEFAULT_SIZE,
     buffer: Buffer | None = None,
     timeout_s: float | None = None,
-    **session: Any,
+    **session: Unpack[SessionArguments],
 ) -> Opening[Sender]:
     """Open a sender of tensors on a NIC: ``async with open_sender(nic, …) as sender``, or await it.
 

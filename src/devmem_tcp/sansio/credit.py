@@ -160,6 +160,14 @@ class ReceiveCredit:
             self.pool_messages,
         )
 
+    @property
+    def is_plenty(self) -> bool:
+        """Whether the sender has half of what it may have at a time still to use."""
+        return (
+            2 * (self.granted_bytes - self.arrived_bytes) >= self.pool_bytes
+            and 2 * (self.granted_messages - self.arrived_messages) >= self.pool_messages
+        )
+
     def take_grant(self) -> Grant:
         """Grant the most there is, and return it."""
         total_bytes = max(self.granted_bytes, self.released_bytes + self.pool_bytes)

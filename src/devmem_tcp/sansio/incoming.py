@@ -142,6 +142,14 @@ class Incoming:
         offset, size = message.progress.next_span(lane)
         return ExpectedPiece(message.message_id, offset, size, message.wanted)
 
+    def granted(self, lane: int) -> int | None:
+        """Return how many bytes of ``expected`` the sender has credit for; they come, unless it cancels the message."""
+        piece = self.expected(lane)
+        if piece is None:
+            return None
+        place = self._lanes[lane][0].place + piece.offset
+        return min(piece.size, max(0, self._credit.granted_bytes - place))
+
     def received(self, lane: int, nbytes: int) -> bool:
         """Note that the first ``nbytes`` of ``expected`` are there; returns whether they are wanted now.
 

@@ -72,6 +72,10 @@ class ReceiverSession(Session):
         self._check_not_failed()
         return self._incoming.expected(lane)
 
+    def granted(self, lane: int) -> int | None:
+        """Return how many bytes of what is ``expected`` come without another grant; None: nothing is expected."""
+        return self._incoming.granted(lane)
+
     def received(self, lane: int, nbytes: int, now: float) -> bool:
         """Note that the first ``nbytes`` of ``expected`` were read; False: they are not wanted: drop them.
 
@@ -118,6 +122,11 @@ class ReceiverSession(Session):
         self._credit.release(nbytes, messages)
         if self.state not in (SessionState.CLOSED, SessionState.FAILED):
             self._grant_if_due()
+
+    @property
+    def release_may_wait(self) -> bool:
+        """Whether the sender has so much credit left that it does not matter when something is released."""
+        return self._credit.is_plenty
 
     def verified(self, message_id: int) -> None:
         """Say that the checksum of the message just received is right; those after it may finish now.

@@ -53,9 +53,14 @@ class Striping:
 
 
 def choose_stripes(nbytes: int, backlog: list[int], piece_bytes: int = DEFAULT_PIECE_BYTES) -> Stripes:
-    """Return stripes for a message, its first piece on the lane with the least backlog (bytes not sent, by lane)."""
+    """Return stripes for a message, its first piece on the lane with the least backlog (bytes not sent, by lane).
+
+    By one lane it goes in one piece.
+    """
     lanes = len(backlog)
     width = min(lanes, -(-nbytes // piece_bytes)) or 1
+    if width == 1:
+        piece_bytes = max(piece_bytes, nbytes)
     first_lane = backlog.index(min(backlog)) if lanes > 1 else 0
     return Stripes(piece_bytes, first_lane, width)
 

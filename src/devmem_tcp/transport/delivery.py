@@ -73,41 +73,41 @@ GONE: Final = _Gone()
 
 
 class StagedSource:
-    """A message in other memory, copied into windows of the TX Buffer piece by piece as it goes.
+    """A message in other memory, copied into windows of the TX Buffer as it goes: by pieces, or parts of them.
 
     Args:
         data: all its bytes, format B; not to change until all are gone.
         piece_bytes: how the session stripes it.
     """
 
-    __slots__ = ("_data", "_outbox", "_piece_bytes", "_staged")
+    __slots__ = ("_data", "_outbox", "_stage_bytes", "_staged")
 
     def __init__(self, outbox: Outbox, data: memoryview, piece_bytes: int) -> None:
         self._outbox = outbox
         self._data = data
-        self._piece_bytes = piece_bytes
-        self._staged: dict[int, Window] = {}  # by where the piece starts
+        self._stage_bytes = outbox.stage_bytes(piece_bytes)
+        self._staged: dict[int, Window] = {}  # by where they start
 
     @property
     def staged(self) -> bool:
         return bool(self._staged)
 
     def locate(self, offset: int, size: int) -> tuple[Window, int, int] | None:
-        start = offset - offset % self._piece_bytes
+        start = offset - offset % self._stage_bytes
         window = self._staged.get(start)
         if window is None:
-            end = min(start + self._piece_bytes, len(self._data))
+            end = min(start + self._stage_bytes, len(self._data))
             window = self._outbox.take(end - start)
             if window is None:
                 return None
             self._outbox.view[window.offset : window.offset + end - start] = self._data[start:end]
             self._staged[start] = window
-        return window, window.offset + offset - start, min(size, start + self._piece_bytes - offset)
+        return window, window.offset + offset - start, min(size, start + self._stage_bytes - offset)
 
     def gone(self, offset: int, size: int) -> None:
         end = offset + size
-        if end % self._piece_bytes == 0 or end == len(self._data):
-            start = offset - offset % self._piece_bytes
+        if end % self._stage_bytes == 0 or end == len(self._data):
+            start = offset - offset % self._stage_bytes
             self._staged.pop(start).drop()
 
     def close(self) -> None:

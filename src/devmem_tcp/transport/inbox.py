@@ -15,8 +15,67 @@ _MAX_MESSAGES: Final = 1024  # that a session may hold
 _PAGES_A_MESSAGE: Final = 8  # a message for so many pages of a share, at least
 _LEAST_PAGES: Final = 16
 _SPARE_PAGES: Final = 4
-_MAX_SPARE: Final = 2  # places
+_MAX_SPARE: Final = 4  # places
 _FRAG_CREDIT: Final = 4  # bytes of pages for one of payload: at an MTU of 1500 a page holds a third of itself
+
+
+class SparePlaces:
+    """Places that no message lies in, kept for the next one of their size, whoever sends it: what was used last is the
+    likeliest to be in the CPU's cache. Messages and spare places together take half of the pages, or there are none.
+
+    Args:
+        pages: that the NIC has for the binding.
+    """
+
+    def __init__(self, binding: RxBinding, pages: int) -> None:
+        self._binding = binding
+        self._page_limit = pages // 2
+        self._places: list[Place] = []  # the one used last at the end
+        self._pages_spare = 0
+        self._pages_held = 0
+
+    def take(self, nbytes: int) -> Place | None:
+        """Return a place for a message, on whichever queue has room; None: there is none now."""
+        for index in range(len(self._places) - 1, -1, -1):
+            if self._places[index].size_bytes == nbytes:
+                return self._remove(index)
+        place = self._reserve(nbytes)
+        if place is None and self._places:
+            self.drop()
+            place = self._reserve(nbytes)
+        return place
+
+    def _reserve(self, nbytes: int) -> Place | None:
+        if not self._binding.closed:
+            for queue in self._binding.queues:
+                place = self._binding.reserve(queue, nbytes)
+                if place is not None:
+                    return place
+        return None
+
+    def put(self, place: Place) -> None:
+        """Take a place back, and give it to the NIC if there are too many."""
+        self._places.append(place)
+        self._pages_spare += _pages(place.size_bytes)
+        if len(self._places) > _MAX_SPARE:
+            self._remove(0).close()
+        self.hold_pages(0)
+
+    def _remove(self, index: int) -> Place:
+        place = self._places.pop(index)
+        self._pages_spare -= _pages(place.size_bytes)
+        return place
+
+    def hold_pages(self, pages: int) -> None:
+        """Count pages that messages of any session hold, or no longer do."""
+        self._pages_held += pages
+        if self._pages_held + self._pages_spare > self._page_limit:
+            self.drop()
+
+    def drop(self) -> None:
+        """Give all of them to the NIC."""
+        while self._places:
+            self._remove(-1).close()
 
 
 class Share:
@@ -29,6 +88,7 @@ class Share:
 
     Args:
         binding: of the Buffer to the queues that data connections are steered to.
+        spare: of that binding.
         size_bytes: of the share.
         pages: that the NIC has for it, which may be fewer than fit.
         placement: whether the backend places payload (``Capabilities.placement``).
@@ -37,7 +97,7 @@ class Share:
         OutOfDeviceMemory: it is too small to receive anything.
     """
 
-    def __init__(self, binding: RxBinding, size_bytes: int, pages: int, *, placement: bool) -> None:
+    def __init__(self, binding: RxBinding, spare: SparePlaces, size_bytes: int, pages: int, *, placement: bool) -> None:
         pages = min(pages, size_bytes // PAGE_SIZE)
         if pages < _LEAST_PAGES:
             raise OutOfDeviceMemory(
@@ -51,43 +111,33 @@ class Share:
         self._page_limit = pages - max(_SPARE_PAGES, pages // 8) if placement else pages // 2
         rest = self._page_limit - self.credit_messages if placement else pages
         self.credit_bytes: Final = (rest if placement else max(1, rest // _FRAG_CREDIT)) * PAGE_SIZE
-        self._spare: list[Place] = []  # all of one size: what comes next is often like what came before
-        self._binding = binding
-        self._placement = placement
+        self.placement: Final = placement
+        self._spare = spare
         self._pages_held = 0
 
     def reserve(self, nbytes: int) -> Place | None:
-        """Return a place for a message, on whichever queue has room; None: there is none now."""
-        if self._spare:
-            if self._spare[-1].size_bytes == nbytes:
-                return self._spare.pop()
-            self.drop_spare()
-        room = self._page_limit - self._pages_held
-        if self._placement and nbytes <= room * PAGE_SIZE and not self._binding.closed:
-            for queue in self._binding.queues:
-                place = self._binding.reserve(queue, nbytes)
-                if place is not None:
-                    return place
+        """Return a place for a message; None: there is none now."""
+        if self.placement and nbytes <= (self._page_limit - self._pages_held) * PAGE_SIZE:
+            return self._spare.take(nbytes)
         return None
 
     def put_back(self, place: Place) -> None:
-        """Take a place back: for the next message of its size, if there is much room besides, or to the NIC."""
-        pages = -(-place.size_bytes // PAGE_SIZE)
-        alike = not self._spare or self._spare[-1].size_bytes == place.size_bytes
-        if alike and len(self._spare) < _MAX_SPARE and 2 * (self._pages_held + pages) < self._page_limit:
-            self._spare.append(place)
-        else:
-            place.close()
+        """Take a place back."""
+        self._spare.put(place)
 
     def drop_spare(self) -> None:
         """Give places that wait for a message back to the NIC."""
-        while self._spare:
-            self._spare.pop().close()
+        self._spare.drop()
 
     def hold_pages(self, pages: int) -> bool:
         """Count pages that messages hold, or no longer do; False: it is more than there should be."""
         self._pages_held += pages
+        self._spare.hold_pages(pages)
         return self._pages_held <= self._page_limit
+
+
+def _pages(size_bytes: int) -> int:
+    return -(-size_bytes // PAGE_SIZE)
 
 
 def host_memory(nbytes: int) -> memoryview:

@@ -18,6 +18,7 @@ from devmem_tcp.gather import gather
 from devmem_tcp.transport.inbox import Share, host_memory
 from devmem_tcp.types import PAGE_SIZE, FragBatch, FragKind, U8Array
 
+_MAX_READ: Final = 1 << 20  # bytes, of frags that come in one call
 _INLINE_KINDS: Final = (FragKind.LINEAR.value, FragKind.HOST.value)
 
 
@@ -108,7 +109,7 @@ class PlacedLanding(Landing):
             taken = sock.recv_placed(self._place, offset, size)
             self.path.dmabuf += taken
             return taken
-        with sock.recv_frags(size) as batch:  # for once it lands elsewhere
+        with sock.recv_frags(min(size, _MAX_READ)) as batch:  # for once it lands elsewhere
             self.path.count(batch)
             self.path.copied += batch.nbytes
             window = np.frombuffer(self._view, np.uint8)[offset : offset + batch.nbytes]
@@ -116,19 +117,22 @@ class PlacedLanding(Landing):
             return batch.nbytes
 
     def receive_all(self, sock: DevmemSocket, patience_s: float) -> int:
-        """Receive the whole message in one call, which may wait for it so long; fewer bytes: the time was over.
+        """Receive the whole message in one call, which may wait for it so long; fewer bytes: no more came in time.
 
         Raises:
             BlockingIOError: nothing came.
             LocalProtocolError: it cannot land here.
         """
-        sock.settimeout(patience_s)
-        try:
-            taken = sock.recv_placed(self._place, 0, self.nbytes, all=True)
-        except Timeout:
-            raise BlockingIOError from None
-        finally:
-            sock.settimeout(0)
+        if patience_s:
+            sock.settimeout(patience_s)
+            try:
+                taken = sock.recv_placed(self._place, 0, self.nbytes, all=True)
+            except Timeout:
+                raise BlockingIOError from None
+            finally:
+                sock.settimeout(0)
+        else:
+            taken = sock.recv_placed(self._place, 0, self.nbytes)
         self.path.dmabuf += taken
         return taken
 
@@ -158,7 +162,7 @@ class FragLanding(Landing):
         self._moved: memoryview | None = None
 
     def receive(self, sock: DevmemSocket, offset: int, size: int) -> int:
-        batch = sock.recv_frags(size)
+        batch = sock.recv_frags(min(size, _MAX_READ))
         taken = batch.nbytes
         self.path.count(batch)
         if self._moved is None:
@@ -253,7 +257,7 @@ class IntoLanding(Landing):
         self._bytes: U8Array = np.frombuffer(target, np.uint8)
 
     def receive(self, sock: DevmemSocket, offset: int, size: int) -> int:
-        with sock.recv_frags(size) as batch:
+        with sock.recv_frags(min(size, _MAX_READ)) as batch:
             self.path.count(batch)
             self.path.copied += batch.nbytes
             copy_batch(batch, self._buffer, self._bytes[offset : offset + batch.nbytes])

@@ -60,13 +60,16 @@ class Link(ABC):
             while (data := self._control.receive()) is not None:
                 now = time.monotonic()
                 if not data:
-                    self._session.control_ended(now)
+                    self._control_ended(now)
                     break
                 self._session.receive_control(data, now)
         except BrokenError as error:
             self.fail(error)
             return
         self.pump()
+
+    def _control_ended(self, now: float) -> None:
+        self._session.control_ended(now)
 
     def pump(self) -> None:
         """Act on everything the session has to tell, and send what it has to say."""

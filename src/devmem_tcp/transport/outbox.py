@@ -47,9 +47,16 @@ class Outbox:
         self.binding: Final = binding
         self.view: Final = buffer.view()
         whole = (0, buffer.size_bytes) if part is None else (part.offset, part.size_bytes)
+        self._size_bytes = whole[1]
         self._free: list[tuple[int, int]] = [whole]  # offset and size, ascending, never adjacent
         self._on_room = on_room
         self._short = False  # somebody waits for room
+
+    def stage_bytes(self, piece_bytes: int) -> int:
+        """Return how much of a piece to copy here at a time: so that two fit, the piece whole if that does."""
+        while 2 * piece_bytes > self._size_bytes and piece_bytes % (2 * PAGE_SIZE) == 0:
+            piece_bytes //= 2
+        return piece_bytes
 
     @property
     def free_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
@@ -23,7 +24,7 @@ class Poller:
     def __init__(self) -> None:
         self._epoll = calls.epoll_create()
         self._handlers: dict[int, tuple[int, Handler]] = {}
-        self._postponed: list[tuple[int, int]] = []  # events that the last step had no time for
+        self._due: deque[tuple[int, int]] = deque()  # events whose handlers are still to be called
 
     def fileno(self) -> int:
         return self._epoll.fileno()
@@ -39,8 +40,8 @@ class Poller:
         """Watch an fd no more; to be called before it is closed. Unknown ones are ignored."""
         if self._handlers.pop(fd, None) is not None:
             calls.epoll_forget(self._epoll, fd)
-            if self._postponed:
-                self._postponed = [event for event in self._postponed if event[0] != fd]
+            if self._due:
+                self._due = deque(event for event in self._due if event[0] != fd)
 
     def step(self, timeout_s: float | None, slice_s: float | None = None) -> None:
         """Wait until something is ready, at most so many seconds (None: without limit), and call its handlers.
@@ -49,15 +50,16 @@ class Poller:
             slice_s: once handlers have taken so many seconds, leave the others to the next step: by turns, so that none
                 waits for ever. None: call them all.
         """
-        events, self._postponed = self._postponed or calls.epoll_wait(self._epoll, timeout_s), []
+        if not self._due:
+            self._due.extend(calls.epoll_wait(self._epoll, timeout_s))
         end = None if slice_s is None else time.monotonic() + slice_s
-        for number, (fd, _) in enumerate(events, 1):
+        while self._due:
+            fd, _ = self._due.popleft()
             found = self._handlers.get(fd)
             if found is None:  # a handler before it may have closed it
                 continue
             found[1]()
             if end is not None and time.monotonic() >= end:
-                self._postponed = [event for event in events[number:] if event[0] in self._handlers]
                 return
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from devmem_tcp.contract import Nic
 from devmem_tcp.errors import BrokenError, ClosedError, LocalProtocolError
 from devmem_tcp.sansio.frames import Role
 from devmem_tcp.transport.arrangement import listening_addresses
-from devmem_tcp.transport.inbox import Share
+from devmem_tcp.transport.inbox import Share, SparePlaces
 from devmem_tcp.transport.landing import Landing
 from devmem_tcp.transport.link import Link
 from devmem_tcp.transport.message import Message
@@ -54,6 +54,7 @@ class ReceiverEngine(SessionEngine[ReceiverLink]):
         if max_peers < 1:
             raise ValueError(f"max_peers must be at least 1, got {max_peers}")
         peers = max_peers if to is None else 1
+        steer = steer and nic.capabilities.settings  # else the host of a leased queue sees to that
         super().__init__(nic, options, memory=memory, size_bytes=size_bytes, buffer=buffer, max_peers=peers)
         self._into = into
         self._ready: deque[Message | Exception] = deque()
@@ -63,6 +64,8 @@ class ReceiverEngine(SessionEngine[ReceiverLink]):
         try:
             self._binding = self._arrangement.bind_rx(queues, steer=steer)
             self._placement = nic.capabilities.placement
+            self._pages = sum(nic.queue_stats(queue).pages_total for queue in self._binding.queues)
+            self._spare = SparePlaces(self._binding, self._pages)
             self._new_share()  # the smallest there will be: an error belongs here
             if listen is not None:
                 self._listen(nic, listen, data_port, strict=strict, steer=steer)
@@ -84,8 +87,7 @@ class ReceiverEngine(SessionEngine[ReceiverLink]):
 
     def _new_share(self) -> Share:
         size = self._binding.buffer.size_bytes // self._max_peers
-        pages = sum(self._nic.queue_stats(queue).pages_total for queue in self._binding.queues) // self._max_peers
-        return Share(self._binding, size, pages, placement=self._placement)
+        return Share(self._binding, self._spare, size, self._pages // self._max_peers, placement=self._placement)
 
     def _begin(self, made: Established) -> None:
         self.sessions += 1
@@ -142,8 +144,9 @@ class ReceiverEngine(SessionEngine[ReceiverLink]):
 
     def take_next(self) -> Message | None:
         """Return the next message of a series, if one is under way with the only sender; may wait for a moment."""
+        self._settle()
         link = self.only_link
-        if link is None or self._ready or self._returned or not self.may_block:
+        if link is None or self._ready or not self.may_block:
             return None
         return link.receive_next()
 
@@ -214,11 +217,13 @@ class ReceiverEngine(SessionEngine[ReceiverLink]):
             self.wake()
 
     def settle(self, link: ReceiverLink, landing: Landing) -> None:
-        """Take back the memory of a message now, if this thread drives the engine."""
-        if self.drives:
-            link.take_back(landing)
-        else:
+        """Take back the memory of a message: now if this thread drives the engine, or before it waits the next time."""
+        if not self.drives:
             self.give_back(link, landing)
+        elif self.may_block and link.may_wait(landing):
+            self._returned.append((link, landing))
+        else:
+            link.take_back(landing)
 
     def _settle(self) -> None:
         while self._returned:

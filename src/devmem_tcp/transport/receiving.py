@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+from devmem_tcp.endpoints import worth_waking
 from devmem_tcp.errors import DevmemError, KernelError, LocalProtocolError, RemoteProtocolError
 from devmem_tcp.sansio.receiving import ReceiverSession
 from devmem_tcp.sansio.session import (
@@ -28,6 +29,7 @@ from devmem_tcp.transport.reception import Established
 _BYTES_A_TURN: Final = 4 << 20
 _QUICK_PATIENCE_S: Final = 0.004  # of a read that waits for a message to begin, and sees nothing else meanwhile
 _BYTES_A_PIECE: Final = 64 << 10  # what a read costs besides its bytes, as bytes
+_FEW: Final = 16 << 10  # bytes that are read as they come, and as long as there are some
 
 Into = Callable[[Header], Any]
 """Asked of each message before its bytes come: where to copy them (a writable array), or None: leave them where they
@@ -101,30 +103,32 @@ class ReceiverLink(Link):
 
     def pull(self, lane: int) -> None:
         """Read what a lane has, but no more than its turn."""
-        self.settle_next()
         left = _BYTES_A_TURN
         while left > 0 and not self.ended:
             try:
-                taken = self._pull_piece(lane)
+                taken, more = self._pull_next() or self._pull_piece(lane)
             except (DevmemError, OSError) as error:  # of this session alone
                 self.fail(error)
                 return
-            if not taken:
+            if not more:
                 return
             left -= taken + _BYTES_A_PIECE
 
-    def _pull_piece(self, lane: int) -> int:
-        """Read a lane's next piece, as far as it has come; answers how many bytes."""
+    def _pull_piece(self, lane: int) -> tuple[int, bool]:
+        """Read a lane's next piece, as far as it has come.
+
+        Returns: how many bytes, and whether to look for more at once: not after a piece that was worth waiting for.
+        """
         piece = self._session.expected(lane)
         if piece is None:
             self._watch(lane, False)
-            return 0
+            return 0, False
         sock = self.lanes[lane]
         landing = self._landing_of(piece.message_id) if piece.wanted else None
         try:
             taken = sock.discard(piece.size) if landing is None else landing.receive(sock, piece.offset, piece.size)
         except BlockingIOError:
-            return 0
+            return 0, False
         except KernelError:
             raise
         except OSError:  # it broke; the control connection may tell why
@@ -132,13 +136,15 @@ class ReceiverLink(Link):
         if not taken:
             self._watch(lane, False)
             self.lane_lost(lane)
-            return 0
+            return 0, False
         wanted = self._session.received(lane, taken, time.monotonic())
         if isinstance(landing, IntoLanding) and wanted:
             self._session.release(taken)
         if self._session.has_news:
             self.pump()
-        return taken
+        else:
+            self._watch_lane(lane)
+        return taken, taken == piece.size and taken <= _FEW
 
     def _landing_of(self, message_id: int) -> Landing | None:
         """Return where a message lands; None: it is declined, since there is no memory for it."""
@@ -177,7 +183,14 @@ class ReceiverLink(Link):
         """Watch those lanes that something is expected from."""
         if not self.ended:
             for lane in range(len(self.lanes)):
-                self._watch(lane, self._session.expected(lane) is not None)
+                self._watch_lane(lane)
+
+    def _watch_lane(self, lane: int) -> None:
+        """Watch a lane if something is expected from it; once that is worth reading, and all of it is sure to come."""
+        sure = self._session.granted(lane)
+        if sure and self._share.placement:  # else the NIC may be short of pages before that much is here
+            self.lanes[lane].set_low_water(worth_waking(sure) if sure > _FEW else 1)
+        self._watch(lane, sure is not None)
 
     def _watch(self, lane: int, wanted: bool) -> None:
         if wanted is not self._watching[lane]:
@@ -195,13 +208,26 @@ class ReceiverLink(Link):
 
         What is to be done about it is left for later: for as long as the sender takes to answer.
         """
+        return self._receive_whole(_QUICK_PATIENCE_S)
+
+    def _pull_next(self) -> tuple[int, bool] | None:
+        """Read the next message of a series, if it is here; answers as ``_pull_piece``. None: not so."""
+        message = self._receive_whole(0.0)
+        if message is None:
+            return None
+        self._deliver(message)
+        return message.nbytes, message.nbytes <= _FEW
+
+    def _receive_whole(self, patience_s: float) -> Message | None:
         self.settle_next()
+        if not self._session.series_room():  # now: one that was prepared may have to go the long way
+            return None
         prepared = self._prepared or self._prepare()
         if prepared is None:
             return None
         landing, message = prepared
         try:
-            taken = landing.receive_all(self.lanes[0], _QUICK_PATIENCE_S)
+            taken = landing.receive_all(self.lanes[0], patience_s)
         except (LocalProtocolError, OSError):
             return None  # the long way says what is wrong, if anything is
         if taken == landing.nbytes:
@@ -217,7 +243,7 @@ class ReceiverLink(Link):
 
     def _prepare(self) -> tuple[PlacedLanding, Message] | None:
         """Make everything ready for the next message of a series, if nothing else is to be seen to."""
-        if self.ended or len(self.lanes) > 1 or self._into is not None or not self._session.series_room():
+        if self.ended or len(self.lanes) > 1 or self._into is not None:
             return None
         message_id, announced = next(iter(self._headers.items()))
         place = self._share.reserve(announced.header.nbytes)
@@ -237,6 +263,8 @@ class ReceiverLink(Link):
                 self._headers[message_id + 1] = MessageAnnounced(message_id + 1, announced.header)
             if self._session.has_news:
                 self.pump()
+            elif not self._session.series_room():
+                self._watch_lane(0)
 
     def _drop_prepared(self) -> None:
         prepared, self._prepared = self._prepared, None
@@ -253,10 +281,7 @@ class ReceiverLink(Link):
                     self._landings[event.message_id] = IntoLanding(0, None, memoryview(bytearray()))
             case MessageReceived():
                 self._complete(event)
-            case MessageCancelled():
-                self._headers.pop(event.message_id, None)
-                self._drop(event.message_id)
-            case SeriesEnded():
+            case MessageCancelled() | SeriesEnded():
                 self._drop_prepared()
                 self._headers.pop(event.message_id, None)
                 self._drop(event.message_id)
@@ -296,6 +321,17 @@ class ReceiverLink(Link):
         self.settle_next()
         super()._control_ready()
 
+    def _control_ended(self, now: float) -> None:
+        """Take what has come by the lanes first: it was sent before, and may be all that was to come."""
+        super().pump()
+        try:
+            for lane in range(len(self.lanes)):
+                while not self.ended and self._pull_piece(lane)[0]:
+                    pass
+        except (DevmemError, OSError) as error:
+            self.fail(error)
+        super()._control_ended(now)
+
     def leave(self) -> None:
         self.settle_next()
         super().leave()
@@ -322,6 +358,10 @@ class ReceiverLink(Link):
         self._give_back(landing, messages=int(landing.counted))
         if not self.ended:
             self.flush()
+
+    def may_wait(self, landing: Landing) -> bool:
+        """Whether nobody is the worse off if ``take_back`` is called later: its memory would stay this session's."""
+        return isinstance(landing, PlacedLanding) and not self.ended and self._session.release_may_wait
 
     def count_off(self, landing: Landing) -> None:
         """Grant another message in place of one whose bytes are kept."""

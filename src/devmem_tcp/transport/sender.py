@@ -10,11 +10,10 @@ from devmem_tcp.buffers import Allocator, Buffer
 from devmem_tcp.closing import Closing
 from devmem_tcp.contract import Nic
 from devmem_tcp.transport.arrangement import DEFAULT_SIZE
-from devmem_tcp.transport.delivery import Delivery
 from devmem_tcp.transport.sender_engine import SenderEngine
 from devmem_tcp.transport.sender_verbs import MessageOptions, SenderVerbs, SentMessage, SeriesVerbs
 from devmem_tcp.transport.slot import ReservedArray, Room
-from devmem_tcp.transport.terms import SessionOptions
+from devmem_tcp.transport.terms import SessionArguments, SessionOptions
 from devmem_tcp.types import Address, SocketStats
 
 
@@ -37,11 +36,7 @@ class Slot(ReservedArray):
 class Sent(SentMessage):
     """One message on its way."""
 
-    __slots__ = ("_verbs",)
-
-    def __init__(self, verbs: SenderVerbs, delivery: Delivery) -> None:
-        super().__init__(delivery)
-        self._verbs = verbs
+    __slots__ = ()
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until the memory it was sent from may be used again.
@@ -226,7 +221,7 @@ def open_sender(
     size: int = DEFAULT_SIZE,
     buffer: Buffer | None = None,
     timeout_s: float | None = None,
-    **session: Any,
+    **session: Unpack[SessionArguments],
 ) -> Sender:
     """Open a sender of tensors on a NIC: bind memory for sending, and go to a receiver or wait for one.
 

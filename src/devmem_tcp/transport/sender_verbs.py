@@ -32,9 +32,10 @@ class MessageOptions(TypedDict, total=False):
 class SentMessage:
     """One message on its way."""
 
-    __slots__ = ("_delivery",)
+    __slots__ = ("_delivery", "_verbs")
 
-    def __init__(self, delivery: Delivery) -> None:
+    def __init__(self, verbs: SenderVerbs, delivery: Delivery) -> None:
+        self._verbs = verbs
         self._delivery = delivery
 
     @property
@@ -45,6 +46,8 @@ class SentMessage:
     @property
     def done(self) -> bool:
         """Whether the memory it was sent from may be used again."""
+        if not self._delivery.complete:
+            self._verbs.collect()
         return self._delivery.complete
 
     @property
@@ -86,9 +89,13 @@ class SenderVerbs:
     def _has_room(self, nbytes: int) -> bool | None:
         if self.engine.closed:
             raise ClosedError("this sender is closed")
+        self.collect()
+        return self.engine.outbox.fits(nbytes) or None
+
+    def collect(self) -> None:
+        """Let go of what the kernel has read."""
         for link in self.engine.links:
             link.collect()
-        return self.engine.outbox.fits(nbytes) or None
 
     # --- messages ---
 
@@ -159,8 +166,7 @@ class SenderVerbs:
 
     def wait_done(self, delivery: Delivery, timeout_s: float | None) -> Verb[None]:
         """See ``Sent.wait``."""
-        for link in self.engine.links:
-            link.collect()
+        self.collect()
         return self._wait_for(delivery, lambda: delivery.complete, timeout_s, "was not sent")
 
     def wait_delivered(self, delivery: Delivery, timeout_s: float | None) -> Verb[None]:

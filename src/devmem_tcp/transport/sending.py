@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from devmem_tcp.arrays import ArrayType
-from devmem_tcp.errors import ClosedError, DevmemError, KernelError, OutOfDeviceMemory
+from devmem_tcp.errors import ClosedError, DevmemError, KernelError, OutOfDeviceMemory, Timeout
 from devmem_tcp.sansio.frames import ChecksumKind
 from devmem_tcp.sansio.outgoing import Piece
 from devmem_tcp.sansio.sending import SenderSession
@@ -23,6 +23,8 @@ from devmem_tcp.transport.poller import READABLE, WRITABLE, Poller
 from devmem_tcp.transport.reception import Established
 
 _FULL: Final = (errno.ENOBUFS, errno.ENOMEM)  # what sendmsg says when completions are to be collected first
+_QUICK_PATIENCE_S: Final = 0.004  # of a send that waits for room, and sees nothing else meanwhile
+_MANY_COMPLETIONS: Final = 16  # worth a call
 _NOTHING: Final = (False, False)
 _ROUNDS_A_TURN: Final = 16  # pieces that each lane is given before others have their turn
 
@@ -76,6 +78,7 @@ class SenderLink(Link):
         self._completions = [Completions(sock) for sock in self.lanes]
         self._full: set[int] = set()  # lanes that took less than they were given
         self._watched = [_NOTHING] * len(self.lanes)  # of each: whether it is watched for writing, for completions
+        self._series_room = 0  # messages that may go the quick way, whatever else; 0: ask the session
         self._on_request = on_request
         try:
             for sock in self.lanes:
@@ -123,31 +126,51 @@ class SenderLink(Link):
         return self._deliver(self._session.announce_next(), header, source)
 
     def send_next(self, header: MessageHeader, window: Window) -> Delivery | None:
-        """Send the next message of the series under way from a window, in one call; None: it cannot be done so now."""
-        if self.ended or not self._session.series_room():
+        """Send the next message of the series under way from a window, in one call, which may wait for a moment.
+
+        None: it cannot be done so now.
+        """
+        if not (self._series_room or self._find_series_room()):
             return None
         lane = self._session.series_lane
-        sock = self.lanes[lane]
+        sock, completions = self.lanes[lane], self._completions[lane]
+        sock.settimeout(_QUICK_PATIENCE_S)
         try:
             taken = sock.send_frags(self.outbox.binding, (window.offset,), (header.nbytes,))
-        except (BlockingIOError, KernelError, ConnectionError):
+        except (Timeout, KernelError, ConnectionError):
             return None  # the long way says what is wrong, if anything is
+        finally:
+            sock.settimeout(0)
         now = time.monotonic()
         if taken == header.nbytes:
+            self._series_room -= 1
             delivery = Delivery(self._session.series_sent(now), header.name, header.nbytes, GONE)
             delivery.left = 0
             self._deliveries[delivery.message_id] = delivery
-            self._completions[lane].sent(window, delivery)
-            self._completions[lane].collect()
+            completions.sent(window, delivery)
+            if len(completions) >= _MANY_COMPLETIONS:
+                completions.collect()
             return delivery
         delivery = self._deliver(self._session.announce_next(), header, SlotSource(window))
-        self._completions[lane].sent(window, delivery)
+        completions.sent(window, delivery)
         self._session.sent(lane, taken, now)
         delivery.left -= taken
         return delivery
 
+    def _find_series_room(self) -> int:
+        """Return how many messages of the series may go the quick way now; there may be credit that came unseen."""
+        if not self.ended and not self._session.series_room():
+            self._control_ready()
+        self._series_room = 0 if self.ended else self._session.series_room()
+        return self._series_room
+
+    def pump(self) -> None:
+        self._series_room = 0
+        super().pump()
+
     def end_series(self) -> None:
         """End the series under way, if there is one."""
+        self._series_room = 0
         if not self.ended:
             self._session.end_series()
             self.flush()
@@ -160,6 +183,7 @@ class SenderLink(Link):
 
     def cancel(self, delivery: Delivery, words: str) -> bool:
         """Take a message back; False: all of it is on its way already."""
+        self._series_room = 0
         if self.ended or not self._session.cancel(delivery.message_id, words):
             return False
         delivery.declined = words
@@ -184,6 +208,7 @@ class SenderLink(Link):
             raise self.error or ClosedError("the session has ended: both sides said goodbye")
 
     def _deliver(self, message_id: int, header: MessageHeader, source: Source) -> Delivery:
+        self._series_room = 0
         delivery = Delivery(message_id, header.name, header.nbytes, source)
         self._deliveries[message_id] = delivery
         if not header.nbytes:
@@ -253,7 +278,7 @@ class SenderLink(Link):
             self.collect()
             where = delivery.source.locate(piece.offset, piece.size)
         if where is None and not (any(map(len, self._completions)) or self._holds_staged()):
-            size = min(delivery.nbytes, self.piece_bytes)
+            size = min(delivery.nbytes, self.outbox.stage_bytes(self.piece_bytes))
             delivery.error = OutOfDeviceMemory(
                 f"no room for {size} bytes in the TX buffer of {self.outbox.buffer.size_bytes}: slots hold it",
                 wanted=size,
@@ -316,6 +341,7 @@ class SenderLink(Link):
             self.push()  # there may be credit now
 
     def _close_lanes(self) -> None:
+        self._series_room = 0
         for lane in range(len(self.lanes)):
             self._forget(lane)
         super()._close_lanes()
