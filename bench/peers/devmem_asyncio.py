@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import devmem_tcp as dmt
 from devmem_tcp import aio
+from devmem_tcp.transport.arrangement import DEFAULT_SIZE
 from loopback import HOST, MIB
 from peers.control import Control, Part
 from peers.devmem_tensors import PATIENCE_S
@@ -42,19 +43,19 @@ async def _serve(control: Control) -> None:
 
 
 async def _receive(part: Part, receiver: aio.Receiver, line: tuple[aio.Sender, aio.Slot] | None) -> None:
-    landed = b""
     with part:
         async with contextlib.AsyncExitStack() as stack:
             send = await _sending(stack, *line) if line is not None else None
             for number in range(part.messages):
-                with await receiver.receive(PATIENCE_S) as message:
-                    if number == 0 and line is not None:
-                        line[1].numpy()[:] = message.gather().numpy()
-                    if send is not None:
-                        await send()
-                    if number == part.messages - 1:
-                        landed = message.gather().tobytes()
-    part.check([memoryview(landed)])
+                message = await receiver.receive(PATIENCE_S)
+                if number == 0 and line is not None:
+                    line[1].numpy()[:] = message.gather().numpy()
+                if send is not None:
+                    await send()
+                if number < part.messages - 1:
+                    message.release()
+    with message:
+        part.check([memoryview(message.gather().tobytes())])
 
 
 async def _drive(control: Control) -> None:
@@ -111,7 +112,7 @@ async def _sending(
 
 async def _receiver(stack: contextlib.AsyncExitStack, work: Work) -> aio.Receiver:
     nic = stack.enter_context(dmt.open_nic("soft0", backend="software"))
-    size = -(-work.size_bytes * 5 // 4096) * 4096 + MIB
+    size = max(DEFAULT_SIZE, -(-work.size_bytes * 5 // 4096) * 4096 + MIB)
     return await stack.enter_async_context(aio.open_receiver(nic, listen=(HOST, 0), size=size))
 
 

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import devmem_tcp as dmt
+from devmem_tcp.transport.arrangement import DEFAULT_SIZE
 from loopback import HOST, MIB
 from peers.control import Control, Part
 from peers.works import Kind
 
 PATIENCE_S = 60.0
 _HELD = 4  # messages that a connection's share of the receiver's Buffer has room for
-_LEAST_BYTES = 1 << 20  # of that share
+_LEAST_BYTES = 4 << 20  # of that share
 
 
 class DevmemSeries:
@@ -53,18 +54,20 @@ class DevmemSeries:
 
     def _receive(self, part: Part, receiver: dmt.Receiver, connections: int) -> list[memoryview]:
         """Receive every message, and return where the last one of each connection lies."""
-        last: dict[object, dmt.Message] = {}
+        last: list[dmt.Message] = []
         left = part.messages * connections
+        counts: dict[object, int] = {}
         with part:
             while left:
                 message = receiver.receive(PATIENCE_S)
-                before = last.get(message.peer)
-                if before is not None:
-                    before.release()
-                last[message.peer] = message
                 left -= 1
-        landed = [bytes(message.gather().bytes_view()) for message in last.values()]
-        for message in last.values():
+                count = counts[message.peer] = counts.get(message.peer, 0) + 1
+                if count < part.messages:
+                    message.release()
+                else:
+                    last.append(message)
+        landed = [bytes(message.gather().bytes_view()) for message in last]
+        for message in last:
             message.release()
         return [memoryview(copied) for copied in landed]
 
@@ -144,7 +147,7 @@ def receiving(control: Control) -> Iterator[dmt.Receiver]:
         dmt.open_receiver(
             nic,
             listen=(HOST, 0),
-            size=share * work.connections,
+            size=max(DEFAULT_SIZE, share * work.connections),
             max_peers=work.connections,
             handshake_timeout_s=PATIENCE_S,
         ) as receiver,
