@@ -14,7 +14,7 @@ from typing import Final, TypeVar, TypeVarTuple
 
 from devmem_tcp import contract
 from devmem_tcp.contract import DEFAULT_MAX_BYTES, DEFAULT_MAX_FRAGS
-from devmem_tcp.endpoints import WaitLimits, show, worth_waking
+from devmem_tcp.endpoints import WaitLimits, show
 from devmem_tcp.errors import (
     ClosedError,
     ControlTruncated,
@@ -105,31 +105,13 @@ class SoftwareSocket(contract.DevmemSocket):
         return taken
 
     def _recv_all(self, window: memoryview) -> int:
-        """Fill a window; fewer bytes: the time was over, or the stream."""
-        taken, size = 0, len(window)
-        deadline = None if self._timeout_s is None else time.monotonic() + self._timeout_s
-        self._readiness.wants_data()
+        self._limits.set_low_water(1)  # MSG_WAITALL would not be woken for a rest below the mark
         self._limits.set(calls.SO_RCVTIMEO, self._timeout_s)
+        self._readiness.wants_data()
         try:
-            while taken < size:
-                came = self._recv_more(window[taken:] if taken else window, deadline)
-                if not came:
-                    break
-                taken += came
-        except (BlockingIOError, Timeout):
-            if not taken:
-                raise self._nothing_came() from None
-        return taken
-
-    def _recv_more(self, window: memoryview, deadline: float | None) -> int:
-        """Receive all of a small window, or some of a larger one: in few calls if there is much to come."""
-        mark = worth_waking(len(window))
-        if 1 < mark < len(window):
-            self._limits.set_low_water(mark)
-            self._wait_for_data(deadline)
-            return calls.recv_into(self._sock, window, calls.MSG_DONTWAIT)
-        self._limits.set_low_water(1)
-        return calls.recv_into(self._sock, window, calls.MSG_WAITALL if mark > 1 else 0)
+            return calls.recv_into(self._sock, window, calls.MSG_WAITALL)
+        except BlockingIOError:
+            raise self._nothing_came() from None
 
     def recv_into(self, target: bytearray | memoryview) -> int:
         self._check_open()

@@ -17,6 +17,8 @@ from devmem_tcp.sys import calls
 from devmem_tcp.transport.poller import READABLE, Poller
 from devmem_tcp.transport.waiting import Until, Verb
 
+_MOMENT_S: Final = 0.004  # deadlines can wait so long
+
 Result = TypeVar("Result")
 
 
@@ -36,6 +38,7 @@ class Engine(ABC):
         self.closed = False
         self.may_block = False  #: whether the driver blocks, for one session alone: then a read may wait for a moment
         self._thread = threading.get_ident()
+        self._something = calls.poller(self.poller.fileno(), calls.POLLIN)
         self._wake_fd = calls.eventfd_create()
         try:
             self.poller.watch(self._wake_fd, READABLE, self._woken)
@@ -95,6 +98,10 @@ class Engine(ABC):
         if now >= due:
             for timed in list(self._timed()):
                 timed.tick(now)
+
+    def wait_briefly(self) -> bool:
+        """Wait for a moment until ``step`` has something to do; False: it has not, as far as fds tell."""
+        return self.poller.behind or calls.wait(self._something, _MOMENT_S)
 
     def run(self, verb: Verb[Result]) -> Result:
         """Run a verb to its end, waiting where it has to.

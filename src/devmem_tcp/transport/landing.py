@@ -6,14 +6,14 @@ A landing takes bytes from lanes in any order of pieces, and knows which part of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import numpy as np
 
 from devmem_tcp.buffers import Buffer, CpuAccess
 from devmem_tcp.contract import DevmemSocket, Place
-from devmem_tcp.errors import Timeout
+from devmem_tcp.endpoints import worth_waking
 from devmem_tcp.gather import gather
 from devmem_tcp.transport.inbox import Share, host_memory
 from devmem_tcp.types import PAGE_SIZE, FragBatch, FragKind, U8Array
@@ -116,23 +116,32 @@ class PlacedLanding(Landing):
             copy_batch(batch, self._share.buffer, window)
             return batch.nbytes
 
-    def receive_all(self, sock: DevmemSocket, patience_s: float) -> int:
-        """Receive the whole message in one call, which may wait for it so long; fewer bytes: no more came in time.
+    def receive_whole(self, sock: DevmemSocket, wait: Callable[[], bool]) -> int:
+        """Receive the message, as far as it comes before something else does; answers how many bytes.
+
+        Args:
+            wait: for something to happen, a moment at most; False: nothing has.
 
         Raises:
-            BlockingIOError: nothing came.
             LocalProtocolError: it cannot land here.
+            ConnectionError: the connection broke.
         """
-        if patience_s:
-            sock.settimeout(patience_s)
+        taken, waited = 0, False
+        while taken < self.nbytes:
             try:
-                taken = sock.recv_placed(self._place, 0, self.nbytes, all=True)
-            except Timeout:
-                raise BlockingIOError from None
-            finally:
-                sock.settimeout(0)
-        else:
-            taken = sock.recv_placed(self._place, 0, self.nbytes)
+                came = sock.recv_placed(self._place, taken, self.nbytes - taken)
+            except BlockingIOError:
+                if waited:
+                    break
+                sock.set_low_water(worth_waking(self.nbytes - taken))
+                if not wait():
+                    break
+                waited = True
+                continue
+            if not came:
+                break
+            taken += came
+            waited = False
         self.path.dmabuf += taken
         return taken
 

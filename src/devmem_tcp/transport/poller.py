@@ -29,6 +29,11 @@ class Poller:
     def fileno(self) -> int:
         return self._epoll.fileno()
 
+    @property
+    def behind(self) -> bool:
+        """Whether the last step had no time for all handlers."""
+        return bool(self._due)
+
     def watch(self, fd: int, events: int, handler: Handler) -> None:
         """Call ``handler`` whenever ``fd`` is ready for ``events``, from now on; replaces what was watched of it."""
         known = self._handlers.get(fd)

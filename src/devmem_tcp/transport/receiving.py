@@ -27,7 +27,6 @@ from devmem_tcp.transport.poller import READABLE, Poller
 from devmem_tcp.transport.reception import Established
 
 _BYTES_A_TURN: Final = 4 << 20
-_QUICK_PATIENCE_S: Final = 0.004  # of a read that waits for a message to begin, and sees nothing else meanwhile
 _BYTES_A_PIECE: Final = 64 << 10  # what a read costs besides its bytes, as bytes
 _FEW: Final = 16 << 10  # bytes that are read as they come, and as long as there are some
 
@@ -36,8 +35,15 @@ Into = Callable[[Header], Any]
 land."""
 
 
+def _wait_for_nothing() -> bool:
+    return False
+
+
 class Keeper(Protocol):
-    """Takes memory back."""
+    """Takes memory back, and waits."""
+
+    def wait_briefly(self) -> bool:
+        """See ``Engine.wait_briefly``."""
 
     def give_back(self, link: ReceiverLink, landing: Landing) -> None:
         """From any thread, in the middle of anything."""
@@ -208,17 +214,17 @@ class ReceiverLink(Link):
 
         What is to be done about it is left for later: for as long as the sender takes to answer.
         """
-        return self._receive_whole(_QUICK_PATIENCE_S)
+        return self._receive_whole(self.engine.wait_briefly)
 
     def _pull_next(self) -> tuple[int, bool] | None:
         """Read the next message of a series, if it is here; answers as ``_pull_piece``. None: not so."""
-        message = self._receive_whole(0.0)
+        message = self._receive_whole(_wait_for_nothing)
         if message is None:
             return None
         self._deliver(message)
         return message.nbytes, message.nbytes <= _FEW
 
-    def _receive_whole(self, patience_s: float) -> Message | None:
+    def _receive_whole(self, wait: Callable[[], bool]) -> Message | None:
         self.settle_next()
         if not self._session.series_room():  # now: one that was prepared may have to go the long way
             return None
@@ -227,7 +233,7 @@ class ReceiverLink(Link):
             return None
         landing, message = prepared
         try:
-            taken = landing.receive_all(self.lanes[0], patience_s)
+            taken = landing.receive_whole(self.lanes[0], wait)
         except (LocalProtocolError, OSError):
             return None  # the long way says what is wrong, if anything is
         if taken == landing.nbytes:
