@@ -36,7 +36,8 @@ IN_HANDSHAKE = {
     "proof said": "instead of sending its data connections",
     "welcome read": "instead of sending its data connections",
     "some lanes connected": "instead of sending its data connections|of no session that is being agreed on",
-    "preamble half said": "instead of sending its data connections|ended before it said whose it is",
+    "preamble half said": "instead of sending its data connections|ended before it said whose it is"
+    "|of no session that is being agreed on",
 }
 
 

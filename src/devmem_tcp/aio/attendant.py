@@ -92,6 +92,16 @@ class Attendant:
         finally:
             self._attend_soon()
 
+    @property
+    def may_act(self) -> bool:
+        """Whether a coroutine may do something at once that waits for nothing: else it is to ``run`` it.
+
+        Raises:
+            RuntimeError: as ``run``.
+        """
+        self.check_loop()
+        return self._watching and self._error is None and time.monotonic() - self._last_turn <= _SLICE_S
+
     def run_now(self, verb: Verb[Result]) -> Result:
         """Run a verb that does not wait; where it would, its time is up."""
         try:

@@ -79,7 +79,11 @@ class Series:
             LocalProtocolError: as many as were announced have been sent.
             Timeout, BrokenError, DevmemError, ConnectionError: as ``Sender.send``.
         """
-        delivery = await self._attendant.run(self._series.send(slot, timeout_s))
+        delivery = self._series.send_now(slot, 0.0) if self._attendant.may_act else None
+        if delivery is None:
+            delivery = await self._attendant.run(self._series.send(slot, timeout_s))
+        elif delivery.left:
+            await self._attendant.run(self._series.send_rest(delivery, timeout_s))
         return Sent(self._verbs, self._attendant, delivery)
 
     def close(self) -> None:

@@ -98,6 +98,7 @@ class PlacedLanding(Landing):
 
     def __init__(self, nbytes: int, place: Place, share: Share) -> None:
         super().__init__(nbytes)
+        self.landed = 0  #: bytes that ``receive_whole`` has brought
         self._place = place
         self._share = share
         self._pages = -(-nbytes // PAGE_SIZE)
@@ -116,34 +117,35 @@ class PlacedLanding(Landing):
             copy_batch(batch, self._share.buffer, window)
             return batch.nbytes
 
-    def receive_whole(self, sock: DevmemSocket, wait: Callable[[], bool]) -> int:
-        """Receive the message, as far as it comes before something else does; answers how many bytes.
+    def receive_whole(self, sock: DevmemSocket, wait: Callable[[], bool]) -> bool:
+        """Receive the message from its start on, as far as it comes before something else does: ``landed`` bytes.
 
         Args:
             wait: for something to happen, a moment at most; False: nothing has.
 
+        Returns: whether all of it is here; if not, call again.
+
         Raises:
-            LocalProtocolError: it cannot land here.
-            ConnectionError: the connection broke.
+            LocalProtocolError: the rest cannot land here.
+            EOFError, ConnectionError: the connection has ended.
         """
-        taken, waited = 0, False
-        while taken < self.nbytes:
+        waited = False
+        while self.landed < self.nbytes:
+            left = self.nbytes - self.landed
             try:
-                came = sock.recv_placed(self._place, taken, self.nbytes - taken)
+                came = sock.recv_placed(self._place, self.landed, left)
             except BlockingIOError:
-                if waited:
-                    break
-                sock.set_low_water(worth_waking(self.nbytes - taken))
-                if not wait():
+                sock.set_low_water(worth_waking(left))
+                if waited or not wait():
                     break
                 waited = True
                 continue
             if not came:
-                break
-            taken += came
+                raise EOFError
+            self.landed += came
+            self.path.dmabuf += came
             waited = False
-        self.path.dmabuf += taken
-        return taken
+        return self.landed == self.nbytes
 
     def contiguous(self) -> memoryview | None:
         return self._view

@@ -210,42 +210,37 @@ class ReceiverLink(Link):
     # --- the quick way, for messages of a series ---
 
     def receive_next(self) -> Message | None:
-        """Receive the next message of a series in one call, which may wait for a moment; None: not now, or not so.
+        """Receive the next message of a series, and wait for it for a moment; None: not now, or not so.
 
         What is to be done about it is left for later: for as long as the sender takes to answer.
         """
         return self._receive_whole(self.engine.wait_briefly)
 
     def _pull_next(self) -> tuple[int, bool] | None:
-        """Read the next message of a series, if it is here; answers as ``_pull_piece``. None: not so."""
+        """Read the next message of a series, as far as it is here; answers as ``_pull_piece``. None: not so."""
         message = self._receive_whole(_wait_for_nothing)
-        if message is None:
-            return None
-        self._deliver(message)
-        return message.nbytes, message.nbytes <= _FEW
+        if message is not None:
+            self._deliver(message)
+            return message.nbytes, message.nbytes <= _FEW
+        return (0, False) if self._begun() else None
 
     def _receive_whole(self, wait: Callable[[], bool]) -> Message | None:
-        self.settle_next()
-        if not self._session.series_room():  # now: one that was prepared may have to go the long way
+        self._settle_came()
+        if not (self._begun() or self._session.series_room()):
             return None
         prepared = self._prepared or self._prepare()
         if prepared is None:
             return None
         landing, message = prepared
         try:
-            taken = landing.receive_whole(self.lanes[0], wait)
-        except (LocalProtocolError, OSError):
-            return None  # the long way says what is wrong, if anything is
-        if taken == landing.nbytes:
-            self._prepared = None
-            self._came = True
-            return message
-        if taken:  # the rest comes the long way
-            self._landings[message.message_id] = landing
-            self._prepared = None
-            self._session.received(0, taken, time.monotonic())
-            self.pump()
-        return None
+            if not landing.receive_whole(self.lanes[0], wait):
+                return None
+        except (LocalProtocolError, OSError, EOFError):
+            self.settle_next()  # the long way says what is wrong, if anything is
+            return None
+        self._prepared = None
+        self._came = True
+        return message
 
     def _prepare(self) -> tuple[PlacedLanding, Message] | None:
         """Make everything ready for the next message of a series, if nothing else is to be seen to."""
@@ -259,8 +254,22 @@ class ReceiverLink(Link):
         self._prepared = (landing, Message(self, message_id, announced.header, landing))
         return self._prepared
 
+    def _begun(self) -> bool:
+        """Whether some of the next message is here that the session does not know of."""
+        return self._prepared is not None and self._prepared[0].landed > 0
+
     def settle_next(self) -> None:
-        """Do what ``receive_next`` has left to do. Everything else of this link does that first."""
+        """Do what the quick way has left to do; the long way goes on. Everything else of this link does that first."""
+        self._settle_came()
+        if self._begun():
+            assert self._prepared is not None
+            landing, message = self._prepared
+            self._prepared = None
+            self._landings[message.message_id] = landing
+            self._session.received(0, landing.landed, time.monotonic())
+            self.pump()
+
+    def _settle_came(self) -> None:
         if self._came:
             self._came = False
             self._session.series_received(time.monotonic())

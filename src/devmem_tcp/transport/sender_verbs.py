@@ -65,6 +65,11 @@ class SenderVerbs:
         self._for_room: Line = deque()
         self.last_series: SeriesVerbs | None = None  #: that has begun
 
+    @property
+    def waiting_for_credit(self) -> bool:
+        """Whether somebody has waited for credit before whoever asks."""
+        return bool(self._for_credit)
+
     # --- room ---
 
     def reserve(self, shape: int | Sequence[int], dtype: Any, timeout_s: float | None) -> Verb[Room]:
@@ -261,15 +266,19 @@ class SeriesVerbs:
         self._last_slot = slot
         return self._verbs.deliver(announce, header, slot.data, timeout_s)
 
-    def send_now(self, slot: ReservedArray) -> Delivery | None:
+    def send_now(self, slot: ReservedArray, patience_s: float) -> Delivery | None:
         """Send a slot without waiting for credit, if there is some; None: ``send`` it. Some of it may be left to send.
 
-        For the blocking driver: a generator alone costs as much as a small message.
+        A generator alone costs as much as a small message.
+
+        Args:
+            patience_s: how long it may wait for room in the connection, and do nothing else.
         """
-        if slot is not self._last_slot or self._verbs.last_series is not self or self._ended:
+        verbs = self._verbs
+        if slot is not self._last_slot or verbs.last_series is not self or self._ended or verbs.waiting_for_credit:
             return None
-        link, window = self._verbs.engine.only_link, slot.window
-        return link.send_next(self._header, window) if link is not None and window is not None else None
+        link, window = verbs.engine.only_link, slot.window
+        return link.send_next(self._header, window, patience_s) if link is not None and window is not None else None
 
     def send_rest(self, delivery: Delivery, timeout_s: float | None) -> Verb[None]:
         """Send what ``send_now`` left."""

@@ -23,7 +23,6 @@ from devmem_tcp.transport.poller import READABLE, WRITABLE, Poller
 from devmem_tcp.transport.reception import Established
 
 _FULL: Final = (errno.ENOBUFS, errno.ENOMEM)  # what sendmsg says when completions are to be collected first
-_QUICK_PATIENCE_S: Final = 0.004  # of a send that waits for room, and sees nothing else meanwhile
 _MANY_COMPLETIONS: Final = 16  # worth a call
 _NOTHING: Final = (False, False)
 _ROUNDS_A_TURN: Final = 16  # pieces that each lane is given before others have their turn
@@ -125,8 +124,8 @@ class SenderLink(Link):
         self.check_lives()
         return self._deliver(self._session.announce_next(), header, source)
 
-    def send_next(self, header: MessageHeader, window: Window) -> Delivery | None:
-        """Send the next message of the series under way from a window, in one call, which may wait for a moment.
+    def send_next(self, header: MessageHeader, window: Window, patience_s: float) -> Delivery | None:
+        """Send the next message of the series under way from a window, in one call, which may wait for room so long.
 
         None: it cannot be done so now.
         """
@@ -134,10 +133,10 @@ class SenderLink(Link):
             return None
         lane = self._session.series_lane
         sock, completions = self.lanes[lane], self._completions[lane]
-        sock.settimeout(_QUICK_PATIENCE_S)
+        sock.settimeout(patience_s)
         try:
             taken = sock.send_frags(self.outbox.binding, (window.offset,), (header.nbytes,))
-        except (Timeout, KernelError, ConnectionError):
+        except (BlockingIOError, Timeout, KernelError, ConnectionError):
             return None  # the long way says what is wrong, if anything is
         finally:
             sock.settimeout(0)
