@@ -3,6 +3,7 @@ come, whatever is waited for on the way. By chance, but the same each time."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections import deque
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from devmem_tcp import SoftwareOptions
+from devmem_tcp.errors import Timeout
 from devmem_tcp.transport import Message, Receiver, Sender
 from tensor_ends import MIB, receiving, sending
 
@@ -91,6 +93,26 @@ class Holder:
     def drop(self) -> None:
         while self._messages:
             self._messages.popleft().release()
+
+
+def test_few_bytes_after_many_that_used_up_all_credit() -> None:
+    with receiving(size=128 * KIB) as receiver:
+        (thread := threading.Thread(target=receiver.wait_connected)).start()
+        with sending(receiver) as sender:
+            thread.join()
+            room = receiver._engine.links[0].room_bytes
+            sender.send(np.ones(room, np.uint8))
+            many = receiver.receive(LIMIT_S)
+            (thread := threading.Thread(target=sender.send, args=(np.ones(100, np.uint8),))).start()
+            while not receiver._engine.links[0]._headers:  # until it is announced
+                with contextlib.suppress(Timeout):
+                    receiver.receive(0.01)
+            many.release()
+            few = receiver.receive(LIMIT_S)
+            assert (many.nbytes, few.nbytes) == (room, 100)
+            few.release()
+            thread.join()
+            sender._engine.close()
 
 
 @pytest.mark.parametrize("seed", range(100))

@@ -194,7 +194,7 @@ class ReceiverLink(Link):
     def _watch_lane(self, lane: int) -> None:
         """Watch a lane if something is expected from it; once that is worth reading, and all of it is sure to come."""
         sure = self._session.granted(lane)
-        if sure and self._share.placement:  # else the NIC may be short of pages before that much is here
+        if sure is not None and self._share.placement:  # else the NIC may be short of pages before that much is here
             self.lanes[lane].set_low_water(worth_waking(sure) if sure > _FEW else 1)
         self._watch(lane, sure is not None)
 
