@@ -48,7 +48,8 @@ class DevmemSeries:
             return
         port = int(control.hear())
         with contextlib.ExitStack() as stack:
-            lines = [stack.enter_context(line(control, port)) for _ in range(control.work.connections)]
+            memory = stack.enter_context(sending_memory(control))
+            lines = [stack.enter_context(line(control, port, memory)) for _ in range(control.work.connections)]
             for part in control.parts():
                 self._send(part, lines)
 
@@ -75,8 +76,6 @@ class DevmemSeries:
         """Send every message, and wait until the last one of each connection is reported."""
         part.message = lines[0][1].data
         with part, contextlib.ExitStack() as stack:
-            for _, slot in lines[1:]:
-                slot.data[:] = part.message
             sends = [self._sending(stack, sender, slot) for sender, slot in lines]
             for _ in range(part.messages - 1):
                 for send in sends:
@@ -98,7 +97,10 @@ class DevmemSeries:
         with receiving(control) as receiver:
             control.tell(port_of(receiver))
             receiver.wait_connected(1, PATIENCE_S)
-            with line(control, int(control.hear())) as (sender, slot):
+            with (
+                sending_memory(control) as memory,
+                line(control, int(control.hear()), memory) as (sender, slot),
+            ):
                 for part in control.parts():
                     with part, contextlib.ExitStack() as stack:
                         send = self._sending(stack, sender, slot)
@@ -113,7 +115,8 @@ class DevmemSeries:
     def _round_trips(self, control: Control) -> None:
         port = int(control.hear())
         with contextlib.ExitStack() as ends:
-            sender, slot = ends.enter_context(line(control, port))
+            memory = ends.enter_context(sending_memory(control))
+            sender, slot = ends.enter_context(line(control, port, memory))
             receiver = ends.enter_context(receiving(control))
             control.tell(port_of(receiver))
             receiver.wait_connected(1, PATIENCE_S)
@@ -156,12 +159,21 @@ def receiving(control: Control) -> Iterator[dmt.Receiver]:
 
 
 @contextlib.contextmanager
-def line(control: Control, port: int) -> Iterator[tuple[dmt.Sender, dmt.Slot]]:
-    """A sender with a slot for one message."""
-    size = -(-control.work.size_bytes // 4096) * 4096
+def sending_memory(control: Control) -> Iterator[dmt.Buffer]:
+    """Memory for one message, that what a part is checked by may look at to the end."""
+    memory = dmt.memory.Host().allocate(-(-control.work.size_bytes // 4096) * 4096)
+    try:
+        yield memory
+    finally:
+        memory.retire()
+
+
+@contextlib.contextmanager
+def line(control: Control, port: int, memory: dmt.Buffer) -> Iterator[tuple[dmt.Sender, dmt.Slot]]:
+    """A sender with a slot for one message, which is all of ``memory``: as other peers, all lines send the same."""
     with (
         dmt.open_nic("soft1", backend="software") as nic,
-        dmt.open_sender(nic, to=(HOST, port), size=size, handshake_timeout_s=PATIENCE_S) as sender,
+        dmt.open_sender(nic, to=(HOST, port), buffer=memory, handshake_timeout_s=PATIENCE_S) as sender,
         sender.reserve(control.work.size_bytes, "uint8") as slot,
     ):
         yield sender, slot
