@@ -271,3 +271,12 @@ def test_contract_tests_have_names_of_their_own() -> None:
     ids = [test.id for test in contract_tests()]
     assert len(set(ids)) == len(ids) > 100
     assert "tokens-start_at_one_and_count_up" in ids
+
+
+def test_a_sweep_of_some_calls_makes_each_of_them_fail() -> None:
+    def scenario() -> None:
+        for _ in range(2):
+            calls.close_fd(calls.eventfd_create())
+
+    assert [(run.n, run.call) for run in sweep(scenario, only=["eventfd2"])] == [(1, "eventfd2"), (2, "eventfd2")]
+    assert sweep(scenario, only=["socket"]) == ()

@@ -73,7 +73,11 @@ class SweepRun:
 
 
 def sweep(
-    scenario: Callable[[], object], *, errnos: Sequence[int] = (_errno.ENOMEM,), limit: int = DEFAULT_SWEEP_LIMIT
+    scenario: Callable[[], object],
+    *,
+    errnos: Sequence[int] = (_errno.ENOMEM,),
+    limit: int = DEFAULT_SWEEP_LIMIT,
+    only: Collection[str] | None = None,
 ) -> tuple[SweepRun, ...]:
     """Run ``scenario`` with call 1, 2, 3 … failing until it runs through without meeting a fault; check each run.
 
@@ -83,6 +87,7 @@ def sweep(
     Args:
         errnos: each is tried at every call.
         limit: calls at most; a scenario that never gets through is an error.
+        only: as of ``fail_nth``: for calls that a scenario makes now earlier and now later, which a sweep may miss.
 
     Returns:
         Every run that met a fault, in order.
@@ -93,7 +98,7 @@ def sweep(
     runs: list[SweepRun] = []
     for errno in errnos:
         for n in range(1, limit + 1):
-            run = _run_once(scenario, n, errno)
+            run = _run_once(scenario, n, errno, only)
             if run is None:
                 break
             runs.append(run)
@@ -105,11 +110,11 @@ def sweep(
     return tuple(runs)
 
 
-def _run_once(scenario: Callable[[], object], n: int, errno: int) -> SweepRun | None:
+def _run_once(scenario: Callable[[], object], n: int, errno: int, only: Collection[str] | None) -> SweepRun | None:
     """Run with call ``n`` failing; None if the scenario passed without meeting it."""
     outcome, broke = "passed", ""
     try:
-        with leak_check(), fail_nth(n, errno=errno) as fault:
+        with leak_check(), fail_nth(n, errno=errno, only=only) as fault:
             # Only text of an error may outlive the run: its traceback would keep the scenario's objects alive.
             try:
                 scenario()
