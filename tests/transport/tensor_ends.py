@@ -33,6 +33,22 @@ def sending(to: Receiver, **options: Any) -> Iterator[Sender]:
         yield sender
 
 
+@contextlib.contextmanager
+def senders(receiver: Receiver, count: int) -> Iterator[list[Sender]]:
+    """So many senders, connected. They end without a goodbye, which nobody would answer."""
+    with contextlib.ExitStack() as stack:
+        nic = stack.enter_context(dmt.open_nic("soft1", backend="software"))
+        thread = threading.Thread(target=receiver.wait_connected, args=(count, 20))
+        thread.start()
+        try:
+            made = [open_sender(nic, to=receiver.address, size=MIB) for _ in range(count)]
+        finally:
+            thread.join()
+        for sender in made:
+            stack.callback(sender._engine.close)
+        yield made
+
+
 class Driven:
     """A receiver in a thread of its own: ``act`` is done with each message, until all senders have said goodbye."""
 

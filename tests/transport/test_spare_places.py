@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -11,13 +10,13 @@ import pytest
 
 import devmem_tcp as dmt
 from devmem_tcp.contract import Nic, RxBinding
-from devmem_tcp.transport import Message, Receiver, Sender, open_sender
+from devmem_tcp.transport import Message
 from devmem_tcp.transport.inbox import SparePlaces
 from devmem_tcp.transport.sender import Sent, Slot
 from devmem_tcp.types import PAGE_SIZE
 from fault_ends import Nursery, nursery, same, surviving
 from fault_peer import pattern
-from tensor_ends import MIB, receiving
+from tensor_ends import MIB, receiving, senders
 
 PAGES = 64
 
@@ -92,22 +91,6 @@ def test_few_places_are_kept(bound: tuple[Nic, RxBinding]) -> None:
     assert in_use(nic) == 4
     assert [place.closed for place in places if place] == [True, True, False, False, False, False]
     spare.drop()
-
-
-@contextlib.contextmanager
-def senders(receiver: Receiver, count: int) -> Iterator[list[Sender]]:
-    """So many senders, connected. They end without a goodbye, which nobody would answer."""
-    with contextlib.ExitStack() as stack:
-        nic = stack.enter_context(dmt.open_nic("soft1", backend="software"))
-        thread = threading.Thread(target=receiver.wait_connected, args=(count, 20))
-        thread.start()
-        try:
-            made = [open_sender(nic, to=receiver.address, size=MIB) for _ in range(count)]
-        finally:
-            thread.join()
-        for sender in made:
-            stack.callback(sender._engine.close)
-        yield made
 
 
 def where(message: Message) -> int:

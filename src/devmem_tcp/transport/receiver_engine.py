@@ -22,6 +22,8 @@ from devmem_tcp.transport.terms import SessionOptions
 from devmem_tcp.types import Address
 
 _MAX_ANSWER: Final = 64 << 20  # bytes
+_BYTES_A_TURN: Final = 1 << 20  # of the messages that are taken from one sender while others wait
+_BYTES_A_MESSAGE: Final = 16 << 10  # what a message costs besides its bytes, as bytes
 
 Asked: TypeAlias = tuple[ReceiverLink, int]
 """A request, by its session and number."""
@@ -60,6 +62,8 @@ class ReceiverEngine(SessionEngine[ReceiverLink]):
         self._ready: deque[Message | Exception] = deque()
         self._returned: deque[tuple[ReceiverLink, Landing]] = deque()  # memory given back, not yet taken back
         self._answers: dict[Asked, bytearray | bytes] = {}  # whole ones are bytes
+        self._latest: ReceiverLink | None = None  # whose turn it is, while others wait for theirs
+        self._turn_left = 0  # bytes
         self.sessions = 0  #: how many there have been
         try:
             self._binding = self._arrangement.bind_rx(queues, steer=steer)
@@ -110,6 +114,8 @@ class ReceiverEngine(SessionEngine[ReceiverLink]):
 
     def _ended(self, link: Link) -> None:
         super()._ended(link)
+        if link is self._latest:
+            self._latest = None
         if link.error is not None and not self.closed:
             self._ready.append(link.error)
 
@@ -143,12 +149,33 @@ class ReceiverEngine(SessionEngine[ReceiverLink]):
         return first
 
     def take_next(self) -> Message | None:
-        """Return the next message of a series, if one is under way with the only sender; may wait for a moment."""
+        """Return the next message of a series, from the only sender or the one that has its turn, without ``step``.
+
+        With one sender it may wait for a moment. With several that are behind, each has a turn of some messages, one
+        after the other: what they take of the CPU's cache is not fetched for each of them.
+        """
         self._settle()
-        link = self.only_link
-        if link is None or self._ready or not self.may_block:
+        if self._ready:
             return None
-        return link.receive_next()
+        if self._latest is not None:
+            return self._take_more(self._latest)
+        link = self.only_link
+        return None if link is None or not self.may_block else link.receive_next()
+
+    def _take_more(self, link: ReceiverLink) -> Message | None:
+        message = None
+        if self._turn_left > 0 and not self.closed:
+            message = link.receive_more()
+        if message is None:
+            self._latest = None
+        else:
+            self._turn_left -= message.nbytes + _BYTES_A_MESSAGE
+        return message
+
+    def stay_with(self, link: ReceiverLink) -> None:
+        """See ``Keeper``: only while others wait; else there is nothing to gain, and a read more to make."""
+        if self.poller.behind:
+            self._latest, self._turn_left = link, _BYTES_A_TURN
 
     @property
     def over(self) -> bool:

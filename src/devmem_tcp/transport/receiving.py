@@ -51,6 +51,9 @@ class Keeper(Protocol):
     def settle(self, link: ReceiverLink, landing: Landing) -> None:
         """From any thread, as a call of the program's."""
 
+    def stay_with(self, link: ReceiverLink) -> None:
+        """See whether a session that just brought a message has another one here, before others have their turn."""
+
 
 class ReceiverLink(Link):
     """See ``Link``.
@@ -216,11 +219,16 @@ class ReceiverLink(Link):
         """
         return self._receive_whole(self.engine.wait_briefly)
 
+    def receive_more(self) -> Message | None:
+        """Receive the next message of a series if it is here as a whole; None: it is not, or not so."""
+        return self._receive_whole(_wait_for_nothing)
+
     def _pull_next(self) -> tuple[int, bool] | None:
         """Read the next message of a series, as far as it is here; answers as ``_pull_piece``. None: not so."""
-        message = self._receive_whole(_wait_for_nothing)
+        message = self.receive_more()
         if message is not None:
             self._deliver(message)
+            self.engine.stay_with(self)
             return message.nbytes, message.nbytes <= _FEW
         return (0, False) if self._begun() else None
 
