@@ -56,14 +56,14 @@ class SparePlaces:
     def put(self, place: Place) -> None:
         """Take a place back, and give it to the NIC if there are too many."""
         self._places.append(place)
-        self._pages_spare += _pages(place.size_bytes)
+        self._pages_spare += whole_pages(place.size_bytes)
         if len(self._places) > _MAX_SPARE:
             self._remove(0).close()
         self.hold_pages(0)
 
     def _remove(self, index: int) -> Place:
         place = self._places.pop(index)
-        self._pages_spare -= _pages(place.size_bytes)
+        self._pages_spare -= whole_pages(place.size_bytes)
         return place
 
     def hold_pages(self, pages: int) -> None:
@@ -136,7 +136,8 @@ class Share:
         return self._pages_held <= self._page_limit
 
 
-def _pages(size_bytes: int) -> int:
+def whole_pages(size_bytes: int) -> int:
+    """Return how many pages so many bytes of one message take."""
     return -(-size_bytes // PAGE_SIZE)
 
 

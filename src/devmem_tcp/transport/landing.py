@@ -15,7 +15,7 @@ from devmem_tcp.buffers import Buffer, CpuAccess
 from devmem_tcp.contract import DevmemSocket, Place
 from devmem_tcp.endpoints import worth_waking
 from devmem_tcp.gather import gather
-from devmem_tcp.transport.inbox import Share, host_memory
+from devmem_tcp.transport.inbox import Share, host_memory, whole_pages
 from devmem_tcp.types import PAGE_SIZE, FragBatch, FragKind, U8Array
 
 _MAX_READ: Final = 1 << 20  # bytes, of frags that come in one call
@@ -88,6 +88,11 @@ class Landing(ABC):
             at += len(piece)
         self.path.copied += at
 
+    def _copy_out(self, batch: FragBatch, buffer: Buffer | None, target: memoryview, offset: int) -> None:
+        """Copy a batch to where it belongs in the message's contiguous memory."""
+        self.path.copied += batch.nbytes
+        copy_batch(batch, buffer, np.frombuffer(target, np.uint8)[offset : offset + batch.nbytes])
+
     @abstractmethod
     def close(self) -> None:
         """Give the memory back. Idempotent."""
@@ -101,7 +106,7 @@ class PlacedLanding(Landing):
         self.landed = 0  #: bytes that ``receive_whole`` has brought
         self._place = place
         self._share = share
-        self._pages = -(-nbytes // PAGE_SIZE)
+        self._pages = whole_pages(nbytes)
         self._view = place.view()
         share.hold_pages(self._pages)
 
@@ -112,9 +117,7 @@ class PlacedLanding(Landing):
             return taken
         with sock.recv_frags(min(size, _MAX_READ)) as batch:  # for once it lands elsewhere
             self.path.count(batch)
-            self.path.copied += batch.nbytes
-            window = np.frombuffer(self._view, np.uint8)[offset : offset + batch.nbytes]
-            copy_batch(batch, self._share.buffer, window)
+            self._copy_out(batch, self._share.buffer, self._view, offset)
             return batch.nbytes
 
     def receive_whole(self, sock: DevmemSocket, wait: Callable[[], bool]) -> bool:
@@ -195,9 +198,7 @@ class FragLanding(Landing):
 
     def _copy(self, offset: int, batch: FragBatch) -> None:
         assert self._moved is not None
-        window = np.frombuffer(self._moved, np.uint8)[offset : offset + batch.nbytes]
-        self.path.copied += batch.nbytes
-        copy_batch(batch, self._buffer, window)
+        self._copy_out(batch, self._buffer, self._moved, offset)
         batch.release()
 
     def _let_go(self) -> None:
@@ -265,13 +266,11 @@ class IntoLanding(Landing):
         super().__init__(nbytes)
         self._buffer = buffer
         self._target = target
-        self._bytes: U8Array = np.frombuffer(target, np.uint8)
 
     def receive(self, sock: DevmemSocket, offset: int, size: int) -> int:
         with sock.recv_frags(min(size, _MAX_READ)) as batch:
             self.path.count(batch)
-            self.path.copied += batch.nbytes
-            copy_batch(batch, self._buffer, self._bytes[offset : offset + batch.nbytes])
+            self._copy_out(batch, self._buffer, self._target, offset)
             return batch.nbytes
 
     def contiguous(self) -> memoryview | None:
