@@ -17,7 +17,7 @@ from devmem_tcp.sys import calls
 from devmem_tcp.transport.poller import READABLE, Poller
 from devmem_tcp.transport.waiting import Until, Verb
 
-_MOMENT_S: Final = 0.004  # deadlines can wait so long
+MOMENT_S: Final = 0.004  #: that a call may wait and see nothing else: deadlines can wait so long
 
 Result = TypeVar("Result")
 
@@ -101,7 +101,7 @@ class Engine(ABC):
 
     def wait_briefly(self) -> bool:
         """Wait for a moment until ``step`` has something to do; False: it has not, as far as fds tell."""
-        return self.poller.behind or calls.wait(self._something, _MOMENT_S)
+        return self.poller.behind or calls.wait(self._something, MOMENT_S)
 
     def run(self, verb: Verb[Result]) -> Result:
         """Run a verb to its end, waiting where it has to.

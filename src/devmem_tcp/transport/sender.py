@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Self, Unpack
+from typing import Any, Self, Unpack
 
 from devmem_tcp.buffers import Allocator, Buffer
 from devmem_tcp.closing import Closing
 from devmem_tcp.contract import Nic
 from devmem_tcp.transport.arrangement import DEFAULT_SIZE
+from devmem_tcp.transport.engine import MOMENT_S
 from devmem_tcp.transport.sender_engine import SenderEngine
 from devmem_tcp.transport.sender_verbs import MessageOptions, SenderVerbs, SentMessage, SeriesVerbs
 from devmem_tcp.transport.slot import ReservedArray, Room
 from devmem_tcp.transport.terms import SessionArguments, SessionOptions
 from devmem_tcp.types import Address, SocketStats
-
-_PATIENCE_S: Final = 0.004  # of a send that waits for room, and sees nothing else meanwhile
 
 
 class Slot(ReservedArray):
@@ -73,7 +72,7 @@ class Series:
             LocalProtocolError: as many as were announced have been sent.
             Timeout, BrokenError, DevmemError, ConnectionError: as ``Sender.send``.
         """
-        delivery = self._series.send_now(slot, _PATIENCE_S)
+        delivery = self._series.send_now(slot, MOMENT_S)
         if delivery is None:
             delivery = self._verbs.engine.run(self._series.send(slot, timeout_s))
         elif delivery.left:
