@@ -32,7 +32,7 @@ def send_all(sources: list[Sender]) -> None:
 
 @pytest.fixture
 def small_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiver_engine, "_BYTES_A_TURN", TURN * (NBYTES + receiver_engine._BYTES_A_MESSAGE))
+    monkeypatch.setattr(receiver_engine, "_BYTES_IN_A_ROW", TURN * (NBYTES + receiver_engine._BYTES_A_MESSAGE))
 
 
 def test_senders_that_wait_have_turns_of_a_few_messages(small_turns: None) -> None:

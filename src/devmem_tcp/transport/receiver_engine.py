@@ -22,7 +22,7 @@ from devmem_tcp.transport.terms import SessionOptions
 from devmem_tcp.types import Address
 
 _MAX_ANSWER: Final = 64 << 20  # bytes
-_BYTES_A_TURN: Final = 1 << 20  # of the messages that are taken from one sender while others wait
+_BYTES_IN_A_ROW: Final = 1 << 20  # of the messages that are taken from one sender while others wait
 _BYTES_A_MESSAGE: Final = 16 << 10  # what a message costs besides its bytes, as bytes
 
 Asked: TypeAlias = tuple[ReceiverLink, int]
@@ -175,7 +175,7 @@ class ReceiverEngine(SessionEngine[ReceiverLink]):
     def stay_with(self, link: ReceiverLink) -> None:
         """See ``Keeper``: only while others wait; else there is nothing to gain, and a read more to make."""
         if self.poller.behind:
-            self._latest, self._turn_left = link, _BYTES_A_TURN
+            self._latest, self._turn_left = link, _BYTES_IN_A_ROW
 
     @property
     def over(self) -> bool:
