@@ -206,11 +206,11 @@ class SenderSession(Session):
 
         The same as ``announce_next``, ``next_piece`` and ``sent``, at a fraction of the cost.
         """
-        series, message_id = self._series, self.announced
+        series, message_id = self._series, self._credit.taken_messages
         assert series is not None
         self._credit.take_message()
         self._outgoing.skip(series.nbytes)
-        if self.announced == series.end:
+        if message_id + 1 == series.end:
             self._series = None
         self._alive(now)
         return message_id

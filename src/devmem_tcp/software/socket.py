@@ -37,6 +37,7 @@ BACKEND: Final = "software"
 
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
+Sendable = TypeVar("Sendable")
 
 
 class SoftwareSocket(contract.DevmemSocket):
@@ -91,7 +92,10 @@ class SoftwareSocket(contract.DevmemSocket):
         window = place.start(at, max_bytes)
         try:
             self._recv_calls += 1
-            if all and self._timeout_s != 0:  # no page could be held in vain: it may wait in the system itself
+            if self._timeout_s == 0:
+                self._readiness.wants_data()
+                taken = calls.recv_into(self._sock, window, calls.MSG_DONTWAIT)
+            elif all:  # no page could be held in vain: it may wait in the system itself
                 taken = self._recv_all(window)
             elif self._timeout_s is None and self._limits.low_water == 1:
                 self._limits.set(calls.SO_RCVTIMEO, None)
@@ -197,20 +201,21 @@ class SoftwareSocket(contract.DevmemSocket):
         self._check_open()
         windows = self._outbound.windows(tx, offsets, sizes)
         try:
-            return self._wait_writable(lambda flags: self._outbound.send_windows(windows, flags))
+            return self._wait_writable(self._outbound.send_windows, windows)
         finally:
-            self._update_readiness()
+            if self._readiness.watched:
+                self._update_readiness()
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
         self._check_open()
-        return self._wait_writable(lambda flags: self._outbound.send_ordinary(data, flags))
+        return self._wait_writable(self._outbound.send_ordinary, data)
 
-    def _wait_writable(self, attempt: Callable[[int], int]) -> int:
+    def _wait_writable(self, attempt: Callable[[Sendable, int], int], data: Sendable) -> int:
         if self._timeout_s == 0:
-            return attempt(calls.MSG_DONTWAIT)
+            return attempt(data, calls.MSG_DONTWAIT)
         self._limits.set(calls.SO_SNDTIMEO, self._timeout_s)
         try:
-            return attempt(0)
+            return attempt(data, 0)
         except BlockingIOError:
             raise Timeout(f"{show(self.remote_address)} took nothing in {self._timeout_s} s") from None
 

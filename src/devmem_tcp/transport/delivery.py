@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
 from devmem_tcp.contract import DevmemSocket
 from devmem_tcp.transport.outbox import Outbox, Window
@@ -142,17 +142,6 @@ class Delivery:
         return self.gone and not self.reading
 
 
-class _Read(NamedTuple):
-    """What one send reads."""
-
-    window: Window
-    delivery: Delivery
-
-    def end(self) -> None:
-        self.window.drop()
-        self.delivery.reading -= 1
-
-
 class Completions:
     """The sends of one lane that the kernel may still read from, by number."""
 
@@ -161,13 +150,13 @@ class Completions:
     def __init__(self, sock: DevmemSocket) -> None:
         self._sock = sock
         self._first = 0  # number of the oldest send here
-        self._reads: deque[_Read | None] = deque()  # None: complete, behind one that is not
+        self._reads: deque[tuple[Window, Delivery] | None] = deque()  # None: complete, behind one that is not
 
     def sent(self, window: Window, delivery: Delivery) -> None:
         """Note a successful send."""
         window.hold()
         delivery.reading += 1
-        self._reads.append(_Read(window, delivery))
+        self._reads.append((window, delivery))
 
     def collect(self) -> None:
         """Let go of what has completed. Never waits."""
@@ -177,7 +166,7 @@ class Completions:
             for index in range((low - self._first) % _NUMBERS, (high - self._first) % _NUMBERS + 1):
                 read, self._reads[index] = self._reads[index], None
                 if read is not None:
-                    read.end()
+                    _end(*read)
             while self._reads and self._reads[0] is None:
                 self._reads.popleft()
                 self._first = (self._first + 1) % _NUMBERS
@@ -187,7 +176,13 @@ class Completions:
         while self._reads:
             read = self._reads.popleft()
             if read is not None:
-                read.end()
+                _end(*read)
 
     def __len__(self) -> int:
         return len(self._reads)
+
+
+def _end(window: Window, delivery: Delivery) -> None:
+    """Note that a send has read what it was to."""
+    window.drop()
+    delivery.reading -= 1
