@@ -415,33 +415,47 @@ class JudgedReceiver(JudgedEnd):
         self.ask()
         return True
 
-    def receive_series(self, wires: list[bytearray], now: float) -> bool:
-        """Take the next message of a series whole, if it may come so and is there; returns whether it was."""
-        if not self.end.series_room():
+    def receive_series(self, wires: list[bytearray], most: int, now: float) -> bool:
+        """Take the next messages of a series whole, at once: as many as may come so and are there, but for ``most``.
+
+        Returns whether there were any.
+        """
+        room = self.end.series_room()
+        if not room:
             return False
         expected = [(lane, piece) for lane in range(len(wires)) if (piece := self.end.expected(lane)) is not None]
         assert len(expected) == 1, "a series has room where other things are to come"
         ((lane, piece),) = expected
-        header, payload = self.open[piece.message_id]
+        header, _ = self.open[piece.message_id]
         assert piece == (piece.message_id, 0, header.nbytes, True)
-        if len(wires[lane]) < piece.size:
+        count = min(most, room, len(wires[lane]) // piece.size)
+        if not count:
             return False
-        granted = self.end._credit.granted_bytes
-        self.end.series_received(now)
-        payload[: piece.size] = wires[lane][: piece.size]
-        del wires[lane][: piece.size]
-        self.taken_bytes += piece.size
-        self.held_bytes += piece.size
+        granted, quiet = self.end._credit.granted_bytes, self.end.series_quiet()
+        self.end.series_received(now, count)
+        assert count > quiet.arrivals or not self.end.has_news, "it was said that there would be nothing to tell"
+        self.taken_bytes += count * piece.size
+        self.held_bytes += count * piece.size
         assert self.taken_bytes <= granted, "bytes were taken that no credit was given for"
         assert self.held_bytes <= self.pool_bytes, "more is held than the pool has"
-        self._take_received(MessageReceived(piece.message_id, b""))
-        self.tally["received whole, of a series"] += 1
+        for message_id in range(piece.message_id, piece.message_id + count):
+            self._note_following(message_id, header)
+            self.open[message_id][1][: piece.size] = wires[lane][: piece.size]
+            del wires[lane][: piece.size]
+            self._take_received(MessageReceived(message_id, b""))
+        self.tally["received whole, of a series"] += count
+        self.tally["received at once, of a series"] += count > 1
         following = self.end.expected(lane)
-        if following is not None and following.message_id == self.seen:  # of which no event tells
-            self.seen += 1
-            self.open[following.message_id] = header, bytearray(header.nbytes if self.honest else 0)
+        if following is not None:
+            self._note_following(following.message_id, header)
         self.ask()
         return True
+
+    def _note_following(self, message_id: int, header: Announce) -> None:
+        """Note the next message of a series, if no event told of it."""
+        if message_id == self.seen:
+            self.seen += 1
+            self.open[message_id] = header, bytearray(header.nbytes if self.honest else 0)
 
     def release(self, nbytes: int, messages: int) -> None:
         self.end.release(nbytes, messages)

@@ -148,7 +148,7 @@ class Arena:
                     wire += data
                     moved |= bool(data)
                 if receiver.failure is None:
-                    moved |= whole and receiver.receive_series(self.wires, self.now)
+                    moved |= whole and receiver.receive_series(self.wires, ALL, self.now)
                     moved |= receiver.receive(lane, wire, ALL, self.now)
             if receiver.unverified is not None and receiver.failure is None:
                 receiver.verify()
@@ -365,9 +365,9 @@ class Arena:
             self.wires[lane] += data
 
     def receive_series(self) -> None:
-        """Move messages of a series from their lane, each whole."""
-        for _ in range(self.choices.integer(1, 4) if self.receiver.failure is None else 0):
-            self.receiver.receive_series(self.wires, self.now)
+        """Move messages of a series from their lane, each whole, several at once."""
+        if self.receiver.failure is None:
+            self.receiver.receive_series(self.wires, self.choices.integer(1, 4), self.now)
 
     def move_control(self) -> None:
         self.hear(self.choices.one_of(self.ends), self.amount())

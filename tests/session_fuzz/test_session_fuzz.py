@@ -114,8 +114,8 @@ def take_bytes_without_credit(patch: Patch) -> None:
 
 
 def take_messages_without_credit(patch: Patch) -> None:
-    def careless(self: ReceiveCredit) -> None:
-        self.arrived_messages += 1
+    def careless(self: ReceiveCredit, count: int = 1) -> None:
+        self.arrived_messages += count
 
     patch.setattr(ReceiveCredit, "message_arrived", careless)
 

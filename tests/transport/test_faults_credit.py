@@ -190,7 +190,7 @@ def test_a_receiver_out_of_memory_in_the_middle_of_a_message_ends_that_session_a
             sender.send(pattern(1, 90_000), name="scattered", confirm=True).wait_delivered(LIMIT_S)
 
     with surviving(size=MIB) as end:
-        monkeypatch.setattr("devmem_tcp.transport.inbox.Share.reserve", lambda share, nbytes: None)
+        monkeypatch.setattr("devmem_tcp.transport.inbox.Share.take", lambda share, nbytes: None)
         monkeypatch.setattr("devmem_tcp.transport.inbox.Share.hold_pages", lambda share, pages: pages <= 0)
         monkeypatch.setattr(landing, "host_memory", none)
         sender = Sending(end, act)

@@ -208,7 +208,7 @@ def test_a_message_that_was_received_outlives_its_killed_sender(
     peers: Nursery, software: SoftwareOptions, placed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not placed:
-        monkeypatch.setattr("devmem_tcp.transport.inbox.Share.reserve", lambda share, nbytes: None)
+        monkeypatch.setattr("devmem_tcp.transport.inbox.Share.take", lambda share, nbytes: None)
     with surviving(software, size=2 * MIB) as end:
         address = end.receiver.address
         with peers.peer("dying_connector", role="sender", address=address, lanes=1, step="message confirmed") as victim:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from devmem_tcp.errors import LocalProtocolError, RemoteProtocolError
-from devmem_tcp.sansio.credit import Grant, ReceiveCredit, SendCredit
+from devmem_tcp.sansio.credit import Grant, Quiet, ReceiveCredit, SendCredit
 from devmem_tcp.sansio.frames import MAX_TOTAL
 
 
 def due(credit: ReceiveCredit) -> bool:
     return credit.grant_is_due
-
-
-def plenty(credit: ReceiveCredit) -> bool:
-    return credit.is_plenty
 
 
 def test_a_sender_has_nothing_before_the_first_grant() -> None:
@@ -77,21 +73,57 @@ def test_a_starving_sender_gets_every_byte() -> None:
     assert credit.take_grant().total_bytes == 101
 
 
-@pytest.mark.parametrize(("nbytes", "messages"), [(51, 0), (0, 5)])
-def test_a_sender_has_plenty_until_half_is_used(nbytes: int, messages: int) -> None:
+@pytest.mark.parametrize(
+    ("nbytes", "arrivals", "releases"),
+    [(1, 6, 1), (3, 6, 1), (10, 6, 1), (30, 2, 0), (75, 1, 0), (76, 0, 0)],
+)
+def test_a_few_messages_come_and_go_without_a_grant(nbytes: int, arrivals: int, releases: int) -> None:
     credit = ReceiveCredit(100, 8)
-    assert not plenty(credit)
     credit.take_grant()
-    assert plenty(credit)
-    credit.bytes_arrived(0, max(0, nbytes - 1))
-    for _ in range(messages - 1):
+    assert credit.quiet(nbytes) == Quiet(arrivals, releases)
+
+
+@given(
+    pool=st.tuples(st.integers(1, 200), st.integers(1, 40)),
+    before=st.lists(st.tuples(st.booleans(), st.integers(1, 30)), max_size=20),
+    nbytes=st.integers(1, 30),
+    data=st.data(),
+)
+def test_nothing_is_due_while_it_is_said_to_be_quiet(
+    pool: tuple[int, int], before: list[tuple[bool, int]], nbytes: int, data: st.DataObject
+) -> None:
+    """In whatever order messages come and go."""
+    credit = ReceiveCredit(*pool)
+    credit.take_grant()
+    held: list[int] = []
+
+    def arrive(size: int) -> None:
         credit.message_arrived()
-    assert plenty(credit)
-    if nbytes:
-        credit.bytes_arrived(nbytes - 1, 1)
-    else:
-        credit.message_arrived()
-    assert not plenty(credit)
+        credit.bytes_arrived(credit.arrived_bytes, size)
+        held.append(size)
+
+    for comes, size in before:
+        if due(credit):
+            credit.take_grant()
+        if (
+            comes
+            and credit.granted_messages > credit.arrived_messages
+            and credit.granted_bytes >= size + credit.arrived_bytes
+        ):
+            arrive(size)
+        elif held:
+            credit.release(held.pop(), 1)
+    if due(credit):
+        credit.take_grant()
+    quiet = credit.quiet(nbytes)
+    steps = data.draw(st.permutations(["come"] * quiet.arrivals + ["go"] * quiet.releases))
+    for step in steps:
+        if step == "come":
+            arrive(nbytes)
+        elif nbytes in held:
+            held.remove(nbytes)
+            credit.release(nbytes, 1)
+        assert not due(credit)
 
 
 def test_what_was_not_granted_is_not_taken() -> None:

@@ -26,6 +26,13 @@ class Grant(NamedTuple):
     total_messages: int
 
 
+class Quiet(NamedTuple):
+    """How much may come, and how much be given back, without a frame."""
+
+    arrivals: int
+    releases: int
+
+
 class SendCredit:
     """The sender's account."""
 
@@ -100,15 +107,15 @@ class ReceiveCredit:
         self.arrived_bytes = self.arrived_messages = 0  # of bytes: or known never to come
         self.released_bytes = self.released_messages = 0
 
-    def message_arrived(self) -> None:
-        """Count an announced message.
+    def message_arrived(self, count: int = 1) -> None:
+        """Count an announced message, or several of a series.
 
         Raises:
             RemoteProtocolError: it was sent without credit.
         """
-        if self.arrived_messages >= self.granted_messages:
-            raise RemoteProtocolError(f"message {self.arrived_messages} was announced without credit for it")
-        self.arrived_messages += 1
+        if self.arrived_messages + count > self.granted_messages:
+            raise RemoteProtocolError(f"message {self.granted_messages} was announced without credit for it")
+        self.arrived_messages += count
 
     def bytes_arrived(self, place: int, nbytes: int) -> None:
         """Count bytes that lie at ``place`` in the order of all bytes of the session.
@@ -160,12 +167,23 @@ class ReceiveCredit:
             self.pool_messages,
         )
 
-    @property
-    def is_plenty(self) -> bool:
-        """Whether the sender has half of what it may have at a time still to use."""
-        return (
-            2 * (self.granted_bytes - self.arrived_bytes) >= self.pool_bytes
-            and 2 * (self.granted_messages - self.arrived_messages) >= self.pool_messages
+    def quiet(self, nbytes: int) -> Quiet:
+        """Return how many messages of ``nbytes`` may arrive, and how many be released, before a grant is due.
+
+        In any order. No grant may be due yet.
+        """
+        of_bytes = _quiet(
+            self.released_bytes + self.pool_bytes, self.granted_bytes, self.arrived_bytes, self.pool_bytes
+        )
+        of_messages = _quiet(
+            self.released_messages + self.pool_messages,
+            self.granted_messages,
+            self.arrived_messages,
+            self.pool_messages,
+        )
+        return Quiet(
+            min(of_bytes.arrivals // nbytes, of_messages.arrivals),
+            min(of_bytes.releases // nbytes, of_messages.releases),
         )
 
     def take_grant(self) -> Grant:
@@ -179,7 +197,15 @@ class ReceiveCredit:
 
 def _due(grantable: int, left: int, pool: int) -> bool:
     """Whether ``grantable`` is worth a frame to a sender that has about ``left`` to use."""
-    if grantable <= 0:
-        return False
-    batch = -(-pool // _BATCHES_IN_POOL)
-    return grantable >= batch or left < batch
+    return grantable > 0 and (grantable >= _batch(pool) or left < _batch(pool))
+
+
+def _quiet(may_be_granted: int, granted: int, arrived: int, pool: int) -> Quiet:
+    """Return how much may arrive, and how much be released, before ``_due``: totals, but for the pool."""
+    batch = _batch(pool)
+    arrivals = granted - arrived - batch
+    return Quiet(arrivals, max(0, batch - 1 - (may_be_granted - granted))) if arrivals >= 0 else Quiet(0, 0)
+
+
+def _batch(pool: int) -> int:
+    return -(-pool // _BATCHES_IN_POOL)

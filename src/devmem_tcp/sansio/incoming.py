@@ -242,15 +242,17 @@ class Incoming:
             (credit.granted_bytes - message.place) // header.nbytes,
         )
 
-    def series_received(self) -> None:
-        """Count the next message of the series as received whole: as ``received`` and ``take_complete`` would."""
+    def series_received(self, count: int) -> None:
+        """Count the next messages of the series as received whole: as ``received`` and ``take_complete`` would."""
         (message,) = self._order
-        self._credit.message_arrived()
-        self._credit.bytes_arrived(message.place, message.header.nbytes)
+        came_bytes = count * message.header.nbytes
+        self._credit.message_arrived(count)
+        self._credit.bytes_arrived(message.place, came_bytes)
         del self._by_id[message.message_id]
-        if self._next_id < self._series_end:  # the same object stands for the next one
-            message.message_id += 1
-            message.place += message.header.nbytes
+        message.message_id += count  # the same object stands for the next one
+        message.place += came_bytes
+        self._next_id, self._next_place = message.message_id, message.place
+        if self._next_id < self._series_end:
             self._by_id[message.message_id] = message
             self._next_id += 1
             self._next_place += message.header.nbytes

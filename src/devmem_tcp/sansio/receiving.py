@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from devmem_tcp.errors import LocalProtocolError, RemoteProtocolError
-from devmem_tcp.sansio.credit import ReceiveCredit
+from devmem_tcp.sansio.credit import Quiet, ReceiveCredit
 from devmem_tcp.sansio.frames import (
     MAX_BODY,
     Announce,
@@ -103,12 +103,23 @@ class ReceiverSession(Session):
             return 0
         return self._incoming.series_room()
 
-    def series_received(self, now: float) -> None:
-        """Note that the next message of the series was read whole, as ``series_room`` allowed; no event tells of it."""
+    def series_quiet(self) -> Quiet:
+        """Return how many of the series' next messages may be received, and how many like them be released, before
+        there is a frame to send; fewer than ``series_room`` may be left.
+        """
+        header = self._incoming.next_header
+        return Quiet(0, 0) if header.confirm else self._credit.quiet(header.nbytes)
+
+    def series_received(self, now: float, count: int = 1) -> None:
+        """Note that the next message of the series was read whole, as ``series_room`` allowed; no event tells of it.
+
+        Args:
+            count: of several messages.
+        """
         confirm = self._incoming.next_header.confirm
-        self._incoming.series_received()
+        self._incoming.series_received(count)
         self._alive(now)
-        self._count_finished(confirm)
+        self._count_finished(confirm, count)
         self._grant_if_due()
 
     def release(self, nbytes: int, messages: int = 0) -> None:
@@ -122,11 +133,6 @@ class ReceiverSession(Session):
         self._credit.release(nbytes, messages)
         if self.state not in (SessionState.CLOSED, SessionState.FAILED):
             self._grant_if_due()
-
-    @property
-    def release_may_wait(self) -> bool:
-        """Whether the sender has so much credit left that it does not matter when something is released."""
-        return self._credit.is_plenty
 
     def verified(self, message_id: int) -> None:
         """Say that the checksum of the message just received is right; those after it may finish now.
@@ -236,8 +242,8 @@ class ReceiverSession(Session):
         if self.state is SessionState.PARTING:
             self._close()
 
-    def _count_finished(self, confirm: bool) -> None:
-        self._finished += 1
+    def _count_finished(self, confirm: bool, count: int = 1) -> None:
+        self._finished += count
         if confirm:
             self._grant()
 

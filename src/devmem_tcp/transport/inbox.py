@@ -36,6 +36,18 @@ class SparePlaces:
 
     def take(self, nbytes: int) -> Place | None:
         """Return a place for a message, on whichever queue has room; None: there is none now."""
+        places = self._places
+        if places and places[-1].size_bytes == nbytes:
+            pages = whole_pages(nbytes)
+            self._pages_spare -= pages
+            self._pages_held += pages
+            return places.pop()
+        place = self._find(nbytes)
+        if place is not None:
+            self.hold_pages(whole_pages(nbytes))
+        return place
+
+    def _find(self, nbytes: int) -> Place | None:
         for index in range(len(self._places) - 1, -1, -1):
             if self._places[index].size_bytes == nbytes:
                 return self._remove(index)
@@ -55,11 +67,14 @@ class SparePlaces:
 
     def put(self, place: Place) -> None:
         """Take a place back, and give it to the NIC if there are too many."""
+        pages = whole_pages(place.size_bytes)
+        self._pages_held -= pages
+        self._pages_spare += pages
         self._places.append(place)
-        self._pages_spare += whole_pages(place.size_bytes)
         if len(self._places) > _MAX_SPARE:
             self._remove(0).close()
-        self.hold_pages(0)
+        if self._pages_held + self._pages_spare > self._page_limit:
+            self.drop()
 
     def _remove(self, index: int) -> Place:
         place = self._places.pop(index)
@@ -67,7 +82,7 @@ class SparePlaces:
         return place
 
     def hold_pages(self, pages: int) -> None:
-        """Count pages that messages of any session hold, or no longer do."""
+        """Count pages that frags of any session hold, or no longer do, besides those of places."""
         self._pages_held += pages
         if self._pages_held + self._pages_spare > self._page_limit:
             self.drop()
@@ -115,14 +130,19 @@ class Share:
         self._spare = spare
         self._pages_held = 0
 
-    def reserve(self, nbytes: int) -> Place | None:
-        """Return a place for a message; None: there is none now."""
-        if self.placement and nbytes <= (self._page_limit - self._pages_held) * PAGE_SIZE:
-            return self._spare.take(nbytes)
-        return None
+    def take(self, nbytes: int) -> Place | None:
+        """Return a place for a message, whose pages count as held from now on; None: there is none now."""
+        pages = whole_pages(nbytes)
+        if not self.placement or self._pages_held + pages > self._page_limit:
+            return None
+        place = self._spare.take(nbytes)
+        if place is not None:
+            self._pages_held += pages
+        return place
 
-    def put_back(self, place: Place) -> None:
+    def put(self, place: Place) -> None:
         """Take a place back."""
+        self._pages_held -= whole_pages(place.size_bytes)
         self._spare.put(place)
 
     def drop_spare(self) -> None:
@@ -130,7 +150,7 @@ class Share:
         self._spare.drop()
 
     def hold_pages(self, pages: int) -> bool:
-        """Count pages that messages hold, or no longer do; False: it is more than there should be."""
+        """Count pages that frags hold, or no longer do; False: it is more than there should be."""
         self._pages_held += pages
         self._spare.hold_pages(pages)
         return self._pages_held <= self._page_limit

@@ -15,10 +15,11 @@ from devmem_tcp.buffers import Buffer, CpuAccess
 from devmem_tcp.contract import DevmemSocket, Place
 from devmem_tcp.endpoints import worth_waking
 from devmem_tcp.gather import gather
-from devmem_tcp.transport.inbox import Share, host_memory, whole_pages
+from devmem_tcp.transport.inbox import Share, host_memory
 from devmem_tcp.types import PAGE_SIZE, FragBatch, FragKind, U8Array
 
 _MAX_READ: Final = 1 << 20  # bytes, of frags that come in one call
+_TRIES: Final = 3  # to read on in a message before sleeping, which the sender pays for, who wakes the reader up
 _INLINE_KINDS: Final = (FragKind.LINEAR.value, FragKind.HOST.value)
 
 
@@ -58,8 +59,10 @@ class PathBytes:
 class Landing(ABC):
     """Where one message lands. ``path`` says how its bytes came."""
 
+    __slots__ = ("counted", "nbytes", "path")
+
     def __init__(self, nbytes: int) -> None:
-        self.nbytes: Final = nbytes
+        self.nbytes = nbytes
         self.path = PathBytes()
         self.counted = True  #: as one of the messages that the receiver holds
 
@@ -99,32 +102,32 @@ class Landing(ABC):
 
 
 class PlacedLanding(Landing):
-    """In one place of the bound Buffer, set apart beforehand."""
+    """In one place of the bound Buffer, set apart beforehand: one of ``Share.take``, the landing's from here on."""
+
+    __slots__ = ("_place", "_share", "landed")
 
     def __init__(self, nbytes: int, place: Place, share: Share) -> None:
         super().__init__(nbytes)
         self.landed = 0  #: bytes that ``receive_whole`` has brought
-        self._place = place
+        self._place: Place | None = place
         self._share = share
-        self._pages = whole_pages(nbytes)
-        self._view = place.view()
-        share.hold_pages(self._pages)
 
     def receive(self, sock: DevmemSocket, offset: int, size: int) -> int:
+        assert self._place is not None
         if sock.lands_in is self._place.binding:
             taken = sock.recv_placed(self._place, offset, size)
             self.path.dmabuf += taken
             return taken
         with sock.recv_frags(min(size, _MAX_READ)) as batch:  # for once it lands elsewhere
             self.path.count(batch)
-            self._copy_out(batch, self._share.buffer, self._view, offset)
+            self._copy_out(batch, self._share.buffer, self._place.view(), offset)
             return batch.nbytes
 
-    def receive_whole(self, sock: DevmemSocket, wait: Callable[[], bool]) -> bool:
+    def receive_whole(self, sock: DevmemSocket, wait: Callable[[], bool] | None) -> bool:
         """Receive the message from its start on, as far as it comes before something else does: ``landed`` bytes.
 
         Args:
-            wait: for something to happen, a moment at most; False: nothing has.
+            wait: for something to happen, a moment at most; False: nothing has. None: take what is here.
 
         Returns: whether all of it is here; if not, call again.
 
@@ -132,40 +135,43 @@ class PlacedLanding(Landing):
             LocalProtocolError: the rest cannot land here.
             EOFError, ConnectionError: the connection has ended.
         """
-        waited = False
-        while self.landed < self.nbytes:
-            left = self.nbytes - self.landed
+        assert self._place is not None
+        tries = _TRIES
+        while left := self.nbytes - self.landed:
             try:
                 came = sock.recv_placed(self._place, self.landed, left)
             except BlockingIOError:
+                if wait is not None and self.landed and tries > 0:
+                    tries -= 1
+                    continue
                 sock.set_low_water(worth_waking(left))
-                if waited or not wait():
-                    break
-                waited = True
+                if wait is None or tries < 0 or not wait():
+                    return False
+                tries = -1
                 continue
             if not came:
                 raise EOFError
             self.landed += came
             self.path.dmabuf += came
-            waited = False
-        return self.landed == self.nbytes
+            tries = _TRIES
+        return True
 
     def contiguous(self) -> memoryview | None:
-        return self._view
+        return memoryview(b"") if self._place is None else self._place.view()
 
     def pieces(self) -> Iterator[memoryview]:
-        yield self._view
+        yield memoryview(b"") if self._place is None else self._place.view()
 
     def close(self) -> None:
-        self._view = memoryview(b"")
-        pages, self._pages = self._pages, 0
-        self._share.hold_pages(-pages)
-        if pages:
-            self._share.put_back(self._place)
+        place, self._place = self._place, None
+        if place is not None:
+            self._share.put(place)
 
 
 class FragLanding(Landing):
     """In frags of the bound Buffer, as they came; moved to host memory if its share of that is used up meanwhile."""
+
+    __slots__ = ("_batches", "_buffer", "_moved", "_pages", "_share")
 
     def __init__(self, nbytes: int, share: Share) -> None:
         super().__init__(nbytes)
@@ -261,6 +267,8 @@ class IntoLanding(Landing):
     Args:
         target: writable, format B, shape (nbytes,).
     """
+
+    __slots__ = ("_buffer", "_target")
 
     def __init__(self, nbytes: int, buffer: Buffer | None, target: memoryview) -> None:
         super().__init__(nbytes)

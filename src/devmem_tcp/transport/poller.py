@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final, TypeAlias
 
 from devmem_tcp.sys import calls
@@ -66,6 +66,14 @@ class Poller:
             found[1]()
             if end is not None and time.monotonic() >= end:
                 return
+
+    def go_on(self, found: Collection[object]) -> None:
+        """Call the handlers that the last step had no time for, until one of them has found something."""
+        while self._due and not found:
+            fd, _ = self._due.popleft()
+            known = self._handlers.get(fd)
+            if known is not None:
+                known[1]()
 
     def close(self) -> None:
         self._handlers.clear()

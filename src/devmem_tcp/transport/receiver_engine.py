@@ -154,13 +154,18 @@ class ReceiverEngine(SessionEngine[ReceiverLink]):
         With one sender it may wait for a moment. With several that are behind, each has a turn of some messages, one
         after the other: what they take of the CPU's cache is not fetched for each of them.
         """
-        self._settle()
-        if self._ready:
-            return None
-        if self._latest is not None:
-            return self._take_more(self._latest)
-        link = self.only_link
-        return None if link is None or not self.may_block else link.receive_next()
+        if self._returned:
+            self._settle()
+        if not self._ready:
+            message = None
+            if self._latest is not None:
+                message = self._take_more(self._latest)
+            elif self.may_block and (link := self.only_link) is not None:
+                return link.receive_next()
+            if message is not None:
+                return message
+            self.poller.go_on(self._ready)
+        return self.take() if self._ready else None
 
     def _take_more(self, link: ReceiverLink) -> Message | None:
         message = None
@@ -244,11 +249,9 @@ class ReceiverEngine(SessionEngine[ReceiverLink]):
             self.wake()
 
     def settle(self, link: ReceiverLink, landing: Landing) -> None:
-        """Take back the memory of a message: now if this thread drives the engine, or before it waits the next time."""
+        """Take back the memory of a message: now if this thread drives the engine, else with the next step."""
         if not self.drives:
             self.give_back(link, landing)
-        elif self.may_block and link.may_wait(landing):
-            self._returned.append((link, landing))
         else:
             link.take_back(landing)
 

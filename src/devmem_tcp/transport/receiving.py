@@ -25,6 +25,7 @@ from devmem_tcp.transport.link import Link
 from devmem_tcp.transport.message import Header, Message, writable_bytes
 from devmem_tcp.transport.poller import READABLE, Poller
 from devmem_tcp.transport.reception import Established
+from devmem_tcp.transport.series_intake import SeriesIntake
 
 _BYTES_A_TURN: Final = 4 << 20
 _BYTES_A_PIECE: Final = 64 << 10  # what a read costs besides its bytes, as bytes
@@ -33,10 +34,6 @@ _FEW: Final = 16 << 10  # bytes that are read as they come, and as long as there
 Into = Callable[[Header], Any]
 """Asked of each message before its bytes come: where to copy them (a writable array), or None: leave them where they
 land."""
-
-
-def _wait_for_nothing() -> bool:
-    return False
 
 
 class Keeper(Protocol):
@@ -100,8 +97,8 @@ class ReceiverLink(Link):
         self.engine: Final = engine
         self._headers: dict[int, MessageAnnounced] = {}  # of messages on their way
         self._in_frags: set[FragLanding] = set()  # of messages delivered and not given back
-        self._prepared: tuple[PlacedLanding, Message] | None = None  # for the next message of a series
-        self._came = False  # it has come, and the session does not know yet
+        self._intake = SeriesIntake(session, share, self.lanes[0])
+        self._next_of_series: tuple[int, MessageAnnounced]  # when the intake began, and its id
         self._landings: dict[int, Landing] = {}  # of those that have begun to come
         self._watching = [False] * len(self.lanes)
         for sock in self.lanes:
@@ -158,8 +155,8 @@ class ReceiverLink(Link):
     def _landing_of(self, message_id: int) -> Landing | None:
         """Return where a message lands; None: it is declined, since there is no memory for it."""
         landing = self._landings.get(message_id)
-        if landing is None and self._prepared is not None:
-            landing, self._prepared = self._prepared[0], None
+        if landing is None and self._intake.landing is not None:
+            landing, self._intake.landing = self._intake.landing, None
             self._landings[message_id] = landing
         if landing is None:
             announced = self._headers[message_id]
@@ -183,7 +180,7 @@ class ReceiverLink(Link):
                 return IntoLanding(nbytes, self._share.buffer, writable_bytes(target, nbytes))
         if nbytes > self._share.credit_bytes:
             return IntoLanding(nbytes, self._share.buffer, host_memory(nbytes))
-        place = self._share.reserve(nbytes)
+        place = self._share.take(nbytes)
         if place is not None:
             return PlacedLanding(nbytes, place, self._share)
         return FragLanding(nbytes, self._share)
@@ -221,7 +218,7 @@ class ReceiverLink(Link):
 
     def receive_more(self) -> Message | None:
         """Receive the next message of a series if it is here as a whole; None: it is not, or not so."""
-        return self._receive_whole(_wait_for_nothing)
+        return self._receive_whole(None)
 
     def _pull_next(self) -> tuple[int, bool] | None:
         """Read the next message of a series, as far as it is here; answers as ``_pull_piece``. None: not so."""
@@ -230,69 +227,51 @@ class ReceiverLink(Link):
             self._deliver(message)
             self.engine.stay_with(self)
             return message.nbytes, message.nbytes <= _FEW
-        return (0, False) if self._begun() else None
+        return (0, False) if self._intake.may_go_on else None
 
-    def _receive_whole(self, wait: Callable[[], bool]) -> Message | None:
-        self._settle_came()
-        if not (self._begun() or self._session.series_room()):
+    def _receive_whole(self, wait: Callable[[], bool] | None) -> Message | None:
+        intake = self._intake
+        if not (intake.may_go_on or self._begin_intake()):
             return None
-        prepared = self._prepared or self._prepare()
-        if prepared is None:
-            return None
-        landing, message = prepared
         try:
-            if not landing.receive_whole(self.lanes[0], wait):
-                return None
-        except (LocalProtocolError, OSError, EOFError):
+            landing = intake.receive(wait)
+        except (MemoryError, LocalProtocolError, OSError, EOFError):
             self.settle_next()  # the long way says what is wrong, if anything is
             return None
-        self._prepared = None
-        self._came = True
-        return message
-
-    def _prepare(self) -> tuple[PlacedLanding, Message] | None:
-        """Make everything ready for the next message of a series, if nothing else is to be seen to."""
-        if self.ended or len(self.lanes) > 1 or self._into is not None:
+        if landing is None:
             return None
-        message_id, announced = next(iter(self._headers.items()))
-        place = self._share.reserve(announced.header.nbytes)
-        if place is None:
-            return None
-        landing = PlacedLanding(announced.header.nbytes, place, self._share)
-        self._prepared = (landing, Message(self, message_id, announced.header, landing))
-        return self._prepared
+        first_id, announced = self._next_of_series
+        return Message(self, first_id + intake.came - 1, announced.header, landing)
 
-    def _begun(self) -> bool:
-        """Whether some of the next message is here that the session does not know of."""
-        return self._prepared is not None and self._prepared[0].landed > 0
+    def _begin_intake(self) -> bool:
+        """See whether the next message can be received so, whatever became of the one before."""
+        self._settle_came()
+        if self.ended or len(self.lanes) > 1 or self._into is not None or len(self._headers) != 1:
+            return False
+        self._next_of_series = next(iter(self._headers.items()))
+        return self._intake.begin(self._next_of_series[1].header.nbytes)
 
     def settle_next(self) -> None:
         """Do what the quick way has left to do; the long way goes on. Everything else of this link does that first."""
         self._settle_came()
-        if self._begun():
-            assert self._prepared is not None
-            landing, message = self._prepared
-            self._prepared = None
-            self._landings[message.message_id] = landing
+        landing = self._intake.landing
+        if landing is not None and landing.landed:
+            self._intake.landing = None
+            (message_id,) = self._headers
+            self._landings[message_id] = landing
             self._session.received(0, landing.landed, time.monotonic())
             self.pump()
 
     def _settle_came(self) -> None:
-        if self._came:
-            self._came = False
-            self._session.series_received(time.monotonic())
+        came = self._intake.settle()
+        if came:
             message_id, announced = self._headers.popitem()
             if self._session.expected(0) is not None:
-                self._headers[message_id + 1] = MessageAnnounced(message_id + 1, announced.header)
+                self._headers[message_id + came] = MessageAnnounced(message_id + came, announced.header)
             if self._session.has_news:
                 self.pump()
             elif not self._session.series_room():
                 self._watch_lane(0)
-
-    def _drop_prepared(self) -> None:
-        prepared, self._prepared = self._prepared, None
-        if prepared is not None:
-            prepared[0].close()
 
     # --- events ---
 
@@ -305,7 +284,7 @@ class ReceiverLink(Link):
             case MessageReceived():
                 self._complete(event)
             case MessageCancelled() | SeriesEnded():
-                self._drop_prepared()
+                self._intake.close()
                 self._headers.pop(event.message_id, None)
                 self._drop(event.message_id)
             case Answered():
@@ -355,6 +334,10 @@ class ReceiverLink(Link):
             self.fail(error)
         super()._control_ended(now)
 
+    def fail(self, error: Exception) -> None:
+        self._intake.settle()
+        super().fail(error)
+
     def leave(self) -> None:
         self.settle_next()
         super().leave()
@@ -366,7 +349,7 @@ class ReceiverLink(Link):
     def _close_lanes(self) -> None:
         for lane in range(len(self.lanes)):
             self._watch(lane, False)
-        self._drop_prepared()
+        self._intake.close()
         while self._landings:
             self._landings.popitem()[1].close()
         self._share.drop_spare()
@@ -377,14 +360,12 @@ class ReceiverLink(Link):
 
     def take_back(self, landing: Landing) -> None:
         """Return the memory of a message to the NIC, and grant it to the sender anew."""
+        if self._intake.take_back(landing):
+            return
         self.settle_next()
         self._give_back(landing, messages=int(landing.counted))
         if not self.ended:
             self.flush()
-
-    def may_wait(self, landing: Landing) -> bool:
-        """Whether nobody is the worse off if ``take_back`` is called later: its memory would stay this session's."""
-        return isinstance(landing, PlacedLanding) and not self.ended and self._session.release_may_wait
 
     def count_off(self, landing: Landing) -> None:
         """Grant another message in place of one whose bytes are kept."""
