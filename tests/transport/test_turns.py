@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import socket
 from collections import Counter
 
 import pytest
@@ -69,3 +70,20 @@ def test_a_sender_that_fails_in_its_turn_ends_nobody_elses(small_turns: None) ->
             except BrokenError:
                 failures += 1
         assert len(receiver.peers) == 1
+
+
+def test_who_comes_is_seen_though_the_only_sender_never_pauses(
+    small_turns: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiver_engine, "_BYTES_BLIND", TURN * (NBYTES + receiver_engine._BYTES_A_MESSAGE))
+    with receiving(size=8 * MIB, max_peers=3) as receiver, senders(receiver, 1) as sources:
+        send_all(sources)
+        with contextlib.ExitStack() as stack:
+            for number in range(MESSAGES):
+                if number == 3:
+                    assert receiver.address
+                    stranger = stack.enter_context(socket.create_connection(receiver.address))
+                    stranger.sendall(b"nobody that it knows")
+                with receiver.receive(20) as message:
+                    assert message.message_id == number
+            assert receiver.refused == 1

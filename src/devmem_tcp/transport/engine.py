@@ -57,8 +57,11 @@ class Engine(ABC):
 
     @property
     def drives(self) -> bool:
-        """Whether this thread is the one that last called ``step``, or made the engine."""
+        """Whether this thread is the one that last drove the engine, or made it."""
         return threading.get_ident() == self._thread
+
+    def _take_the_wheel(self) -> None:
+        self._thread = threading.get_ident()
 
     def _woken(self) -> None:
         calls.eventfd_clear(self._wake_fd)
@@ -86,7 +89,7 @@ class Engine(ABC):
         Args:
             slice_s: begin nothing more after so many seconds of acting; the next step goes on. None: act on everything.
         """
-        self._thread = threading.get_ident()
+        self._take_the_wheel()
         self._settle()
         due = self.deadline()
         if due is None:
@@ -108,6 +111,7 @@ class Engine(ABC):
 
         Raises: what the verb does.
         """
+        self._take_the_wheel()
         self.may_block = self._alone
         try:
             wanted = next(verb)

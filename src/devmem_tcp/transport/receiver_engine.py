@@ -23,6 +23,7 @@ from devmem_tcp.types import Address
 
 _MAX_ANSWER: Final = 64 << 20  # bytes
 _BYTES_IN_A_ROW: Final = 1 << 20  # of the messages that are taken from one sender while others wait
+_BYTES_BLIND: Final = 16 << 20  # that one sender may send without a pause before others that come are seen
 _BYTES_A_MESSAGE: Final = 16 << 10  # what a message costs besides its bytes, as bytes
 
 Asked: TypeAlias = tuple[ReceiverLink, int]
@@ -64,6 +65,7 @@ class ReceiverEngine(SessionEngine[ReceiverLink]):
         self._answers: dict[Asked, bytearray | bytes] = {}  # whole ones are bytes
         self._latest: ReceiverLink | None = None  # whose turn it is, while others wait for theirs
         self._turn_left = 0  # bytes
+        self._blind_left = _BYTES_BLIND  # bytes from the only sender, before a look at everything else
         self.sessions = 0  #: how many there have been
         try:
             self._binding = self._arrangement.bind_rx(queues, steer=steer)
@@ -149,23 +151,34 @@ class ReceiverEngine(SessionEngine[ReceiverLink]):
         return first
 
     def take_next(self) -> Message | None:
-        """Return the next message of a series, from the only sender or the one that has its turn, without ``step``.
+        """Return the next message if it is here, or of a series and from the only sender; None: ``take`` waits for it.
 
-        With one sender it may wait for a moment. With several that are behind, each has a turn of some messages, one
-        after the other: what they take of the CPU's cache is not fetched for each of them.
+        Of a series from the only sender it may wait for a moment. With several that are behind, each has a turn of some
+        messages, one after the other: what they take of the CPU's cache is not fetched for each of them.
+
+        Raises: as ``take``.
         """
+        self._take_the_wheel()
         if self._returned:
             self._settle()
+        if self._blind_left < 0 and not self.closed:
+            self._blind_left = _BYTES_BLIND
+            self.step(0)
         if not self._ready:
-            message = None
-            if self._latest is not None:
-                message = self._take_more(self._latest)
-            elif self.may_block and (link := self.only_link) is not None:
-                return link.receive_next()
+            message = self._take_of_series()
             if message is not None:
                 return message
             self.poller.go_on(self._ready)
         return self.take() if self._ready else None
+
+    def _take_of_series(self) -> Message | None:
+        if self._latest is not None:
+            return self._take_more(self._latest)
+        link = self.only_link
+        message = link.receive_next() if link is not None and self.may_block else None
+        if message is not None:
+            self._blind_left -= message.nbytes + _BYTES_A_MESSAGE
+        return message
 
     def _take_more(self, link: ReceiverLink) -> Message | None:
         message = None
