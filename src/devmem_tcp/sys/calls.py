@@ -563,6 +563,11 @@ def process_id() -> int:
     return os.getpid()
 
 
+def usable_cpus() -> int:
+    """Return how many CPUs this process may run on. Kernel: sched_getaffinity(2)."""
+    return len(os.sched_getaffinity(0))
+
+
 def user_id() -> int:
     """Return the effective user id."""
     return os.geteuid()

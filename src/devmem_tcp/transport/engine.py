@@ -18,6 +18,8 @@ from devmem_tcp.transport.poller import READABLE, Poller
 from devmem_tcp.transport.waiting import Until, Verb
 
 MOMENT_S: Final = 0.004  #: that a call may wait and see nothing else: deadlines can wait so long
+_SOON_S: Final = 50e-6  # to sleep and be woken takes as long, and the waking is work of the one who sends
+_LOOKS: Final = 12  # of a reader, that take as long
 
 Result = TypeVar("Result")
 
@@ -37,8 +39,9 @@ class Engine(ABC):
         self.poller: Final = Poller()
         self.closed = False
         self.may_block = False  #: whether the driver blocks, for one session alone: then a read may wait for a moment
+        self.looks = 0  #: of a reader before it waits: some, if what was waited for the last time came soon
+        self._most_looks = _LOOKS if calls.usable_cpus() > 1 else 0  # one CPU has better to do
         self._thread = threading.get_ident()
-        self._something = calls.poller(self.poller.fileno(), calls.POLLIN)
         self._wake_fd = calls.eventfd_create()
         try:
             self.poller.watch(self._wake_fd, READABLE, self._woken)
@@ -104,7 +107,10 @@ class Engine(ABC):
 
     def wait_briefly(self) -> bool:
         """Wait for a moment until ``step`` has something to do; False: it has not, as far as fds tell."""
-        return self.poller.behind or calls.wait(self._something, MOMENT_S)
+        began = time.monotonic()
+        found = self.poller.wait(MOMENT_S)
+        self.looks = self._most_looks if time.monotonic() - began < _SOON_S else 0
+        return found
 
     def run(self, verb: Verb[Result]) -> Result:
         """Run a verb to its end, waiting where it has to.

@@ -6,8 +6,8 @@ A landing takes bytes from lanes in any order of pieces, and knows which part of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any, Final
+from collections.abc import Iterator
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -19,8 +19,18 @@ from devmem_tcp.transport.inbox import Share, host_memory
 from devmem_tcp.types import PAGE_SIZE, FragBatch, FragKind, U8Array
 
 _MAX_READ: Final = 1 << 20  # bytes, of frags that come in one call
-_TRIES: Final = 3  # to read on in a message before sleeping, which the sender pays for, who wakes the reader up
 _INLINE_KINDS: Final = (FragKind.LINEAR.value, FragKind.HOST.value)
+
+
+class Waiter(Protocol):
+    """Waits for something to happen."""
+
+    @property
+    def looks(self) -> int:
+        """How often to look once more before ``wait_briefly``."""
+
+    def wait_briefly(self) -> bool:
+        """Wait for a moment at most; False: nothing has happened."""
 
 
 class PathBytes:
@@ -123,11 +133,11 @@ class PlacedLanding(Landing):
             self._copy_out(batch, self._share.buffer, self._place.view(), offset)
             return batch.nbytes
 
-    def receive_whole(self, sock: DevmemSocket, wait: Callable[[], bool] | None) -> bool:
+    def receive_whole(self, sock: DevmemSocket, waiter: Waiter | None) -> bool:
         """Receive the message from its start on, as far as it comes before something else does: ``landed`` bytes.
 
         Args:
-            wait: for something to happen, a moment at most; False: nothing has. None: take what is here.
+            waiter: waits for a moment; None: take what is here.
 
         Returns: whether all of it is here; if not, call again.
 
@@ -136,24 +146,24 @@ class PlacedLanding(Landing):
             EOFError, ConnectionError: the connection has ended.
         """
         assert self._place is not None
-        tries = _TRIES
+        looks, waited = 0, False
         while left := self.nbytes - self.landed:
             try:
                 came = sock.recv_placed(self._place, self.landed, left)
             except BlockingIOError:
-                if wait is not None and self.landed and tries > 0:
-                    tries -= 1
+                if waiter is not None and looks < waiter.looks and not waited:
+                    looks += 1
                     continue
                 sock.set_low_water(worth_waking(left))
-                if wait is None or tries < 0 or not wait():
+                if waiter is None or waited or not waiter.wait_briefly():
                     return False
-                tries = -1
+                waited = True
                 continue
             if not came:
                 raise EOFError
             self.landed += came
             self.path.dmabuf += came
-            tries = _TRIES
+            looks, waited = 0, False
         return True
 
     def contiguous(self) -> memoryview | None:

@@ -23,6 +23,7 @@ class Poller:
 
     def __init__(self) -> None:
         self._epoll = calls.epoll_create()
+        self._something = calls.poller(self._epoll.fileno(), calls.POLLIN)
         self._handlers: dict[int, tuple[int, Handler]] = {}
         self._due: deque[tuple[int, int]] = deque()  # events whose handlers are still to be called
 
@@ -66,6 +67,10 @@ class Poller:
             found[1]()
             if end is not None and time.monotonic() >= end:
                 return
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until ``step`` has something to do, at most so many seconds, and call nothing; False: it has not."""
+        return bool(self._due) or calls.wait(self._something, timeout_s)
 
     def go_on(self, found: Collection[object]) -> None:
         """Call the handlers that the last step had no time for, until one of them has found something."""

@@ -20,7 +20,7 @@ from devmem_tcp.sansio.session import (
 )
 from devmem_tcp.transport.checksums import checksum_of
 from devmem_tcp.transport.inbox import Share, host_memory
-from devmem_tcp.transport.landing import FragLanding, IntoLanding, Landing, PlacedLanding
+from devmem_tcp.transport.landing import FragLanding, IntoLanding, Landing, PlacedLanding, Waiter
 from devmem_tcp.transport.link import Link
 from devmem_tcp.transport.message import Header, Message, writable_bytes
 from devmem_tcp.transport.poller import READABLE, Poller
@@ -36,11 +36,8 @@ Into = Callable[[Header], Any]
 land."""
 
 
-class Keeper(Protocol):
+class Keeper(Waiter, Protocol):
     """Takes memory back, and waits."""
-
-    def wait_briefly(self) -> bool:
-        """See ``Engine.wait_briefly``."""
 
     def give_back(self, link: ReceiverLink, landing: Landing) -> None:
         """From any thread, in the middle of anything."""
@@ -214,7 +211,7 @@ class ReceiverLink(Link):
 
         What is to be done about it is left for later: for as long as the sender takes to answer.
         """
-        return self._receive_whole(self.engine.wait_briefly)
+        return self._receive_whole(self.engine)
 
     def receive_more(self) -> Message | None:
         """Receive the next message of a series if it is here as a whole; None: it is not, or not so."""
@@ -229,12 +226,12 @@ class ReceiverLink(Link):
             return message.nbytes, message.nbytes <= _FEW
         return (0, False) if self._intake.may_go_on else None
 
-    def _receive_whole(self, wait: Callable[[], bool] | None) -> Message | None:
+    def _receive_whole(self, waiter: Waiter | None) -> Message | None:
         intake = self._intake
         if not (intake.may_go_on or self._begin_intake()):
             return None
         try:
-            landing = intake.receive(wait)
+            landing = intake.receive(waiter)
         except (MemoryError, LocalProtocolError, OSError, EOFError):
             self.settle_next()  # the long way says what is wrong, if anything is
             return None

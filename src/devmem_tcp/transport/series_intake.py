@@ -8,12 +8,11 @@ be given back, before it has a frame to send (``ReceiverSession.series_quiet``).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from devmem_tcp.contract import DevmemSocket
 from devmem_tcp.sansio.receiving import ReceiverSession
 from devmem_tcp.transport.inbox import Share
-from devmem_tcp.transport.landing import Landing, PlacedLanding
+from devmem_tcp.transport.landing import Landing, PlacedLanding, Waiter
 
 
 class SeriesIntake:
@@ -68,7 +67,7 @@ class SeriesIntake:
         self._come_left = max(1, self._come_left)
         return True
 
-    def receive(self, wait: Callable[[], bool] | None) -> PlacedLanding | None:
+    def receive(self, waiter: Waiter | None) -> PlacedLanding | None:
         """Receive the next message; None: it has not come as a whole.
 
         Args, raises: as ``PlacedLanding.receive_whole``; MemoryError: there is no place for it.
@@ -79,7 +78,7 @@ class SeriesIntake:
             if place is None:
                 raise MemoryError
             landing = self.landing = PlacedLanding(self._nbytes, place, self._share)
-        if not landing.receive_whole(self._sock, wait):
+        if not landing.receive_whole(self._sock, waiter):
             return None
         self.landing = None
         self._come_left -= 1
