@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Unpack
 
 from devmem_tcp.buffers import Allocator, Buffer
-from devmem_tcp.closing import Closing
 from devmem_tcp.contract import Nic
 from devmem_tcp.transport.arrangement import DEFAULT_SIZE
+from devmem_tcp.transport.end import End
 from devmem_tcp.transport.message import Message
 from devmem_tcp.transport.receiver_engine import ReceiverEngine
 from devmem_tcp.transport.receiver_verbs import ReceiverVerbs
 from devmem_tcp.transport.receiving import Into
 from devmem_tcp.transport.terms import SessionArguments, SessionOptions
-from devmem_tcp.types import Address, SocketStats
+from devmem_tcp.transport.waiting import Verb
+from devmem_tcp.types import Address
 
 
-class Receiver(Closing):
+class Receiver(End):
     """Receives messages from senders. Made by ``open_receiver``. Nothing runs behind the program's back: what comes
     is taken while one of its methods waits.
 
     Threads: one at a time; messages may be released by any.
     """
 
-    def __init__(self, engine: ReceiverEngine) -> None:
-        self._engine = engine
-        self._verbs = ReceiverVerbs(engine)
+    _engine: ReceiverEngine
 
-    @property
-    def address(self) -> Address | None:
-        """Where senders come: host and TCP port of control connections; None: it went to a sender."""
-        return self._engine.address
+    def __init__(self, engine: ReceiverEngine) -> None:
+        super().__init__(engine)
+        self._verbs = ReceiverVerbs(engine)
 
     @property
     def peers(self) -> tuple[Address, ...]:
@@ -77,10 +74,6 @@ class Receiver(Closing):
         """
         return self._engine.run(self._verbs.request(body, timeout_s))
 
-    def stats(self) -> list[SocketStats]:
-        """Return the proof of path of every data connection of the sessions under way."""
-        return self._engine.stats()
-
     @property
     def refused(self) -> int:
         """How many connections were turned away: strangers, wrong keys, too many peers."""
@@ -91,27 +84,8 @@ class Receiver(Closing):
         """Why the last one was."""
         return self._engine.reception.last_refusal if self._engine.reception is not None else ""
 
-    @property
-    def closed(self) -> bool:
-        return self._engine.closed
-
-    def close(self) -> None:
-        """Say goodbye to senders, give everything back, put the NIC's settings back. Idempotent.
-
-        Messages that were received and not yet returned by ``receive`` are lost. Senders get five seconds to answer.
-        """
-        if self._engine.closed:
-            return
-        try:
-            self._engine.run(self._verbs.part())
-        finally:
-            self._engine.close()
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if value is None:
-            self.close()
-        else:
-            self._engine.close()  # the exception is what there is to say
+    def _part(self) -> Verb[None]:
+        return self._verbs.part()
 
 
 def open_receiver(

@@ -7,15 +7,16 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from devmem_tcp.buffers import Allocator, Buffer
-from devmem_tcp.closing import Closing
 from devmem_tcp.contract import Nic
 from devmem_tcp.transport.arrangement import DEFAULT_SIZE
+from devmem_tcp.transport.end import End
 from devmem_tcp.transport.engine import MOMENT_S
 from devmem_tcp.transport.sender_engine import SenderEngine
 from devmem_tcp.transport.sender_verbs import MessageOptions, SenderVerbs, SentMessage, SeriesVerbs
 from devmem_tcp.transport.slot import ReservedArray, Room
 from devmem_tcp.transport.terms import SessionArguments, SessionOptions
-from devmem_tcp.types import Address, SocketStats
+from devmem_tcp.transport.waiting import Verb
+from devmem_tcp.types import Address
 
 
 class Slot(ReservedArray):
@@ -90,21 +91,18 @@ class Series:
         self.close()
 
 
-class Sender(Closing):
+class Sender(End):
     """Sends messages to one receiver. Made by ``open_sender``. Nothing runs behind the program's back.
 
     ``send`` returns once all bytes were given to TCP, so a message is under way to a receiver that is not looking yet.
     Threads: one at a time.
     """
 
-    def __init__(self, engine: SenderEngine) -> None:
-        self._engine = engine
-        self._verbs = SenderVerbs(engine)
+    _engine: SenderEngine
 
-    @property
-    def address(self) -> Address | None:
-        """Where a receiver comes: host and TCP port; None: this sender went to it."""
-        return self._engine.address
+    def __init__(self, engine: SenderEngine) -> None:
+        super().__init__(engine)
+        self._verbs = SenderVerbs(engine)
 
     def reserve(self, shape: int | Sequence[int], dtype: Any, timeout_s: float | None = 0.0) -> Slot:
         """Set a window of the TX Buffer apart, for an array that is made in place.
@@ -184,32 +182,8 @@ class Sender(Closing):
         """
         return self._engine.run(self._verbs.wait_connected(timeout_s))
 
-    def stats(self) -> list[SocketStats]:
-        """Return the proof of path of every data connection."""
-        return self._engine.stats()
-
-    @property
-    def closed(self) -> bool:
-        return self._engine.closed
-
-    def close(self) -> None:
-        """Say goodbye, wait until the receiver has all (five seconds without progress at most), and let go. Idempotent.
-
-        Raises:
-            DevmemError, ConnectionError: the session ended before all messages were known to have arrived.
-        """
-        if self._engine.closed:
-            return
-        try:
-            self._engine.run(self._verbs.part())
-        finally:
-            self._engine.close()
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if value is None:
-            self.close()
-        else:
-            self._engine.close()  # the exception is what there is to say
+    def _part(self) -> Verb[None]:
+        return self._verbs.part()
 
 
 def open_sender(
