@@ -79,7 +79,7 @@ class Engine(ABC):
 
     @property
     @abstractmethod
-    def _alone(self) -> bool:
+    def alone(self) -> bool:
         """Whether there is one session at most, so that nobody else waits while a call does."""
 
     def deadline(self) -> float | None:
@@ -118,7 +118,7 @@ class Engine(ABC):
         Raises: what the verb does.
         """
         self._take_the_wheel()
-        self.may_block = self._alone
+        self.may_block = self.alone
         try:
             wanted = next(verb)
             while True:

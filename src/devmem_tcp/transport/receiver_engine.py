@@ -112,7 +112,7 @@ class ReceiverEngine(SessionEngine[ReceiverLink]):
         )
         if not link.ended:
             self._links.append(link)
-            self.may_block = self.may_block and self._alone
+            self.may_block = self.may_block and self.alone
 
     def _ended(self, link: Link) -> None:
         super()._ended(link)

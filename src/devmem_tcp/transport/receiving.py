@@ -36,8 +36,24 @@ Into = Callable[[Header], Any]
 land."""
 
 
+class _Glance:
+    """Looks again a few times, and does not wait: the rest of a message is mostly here sooner than it could return."""
+
+    looks = 4
+
+    def wait_briefly(self) -> bool:
+        return False
+
+
+_GLANCE: Final = _Glance()
+
+
 class Keeper(Waiter, Protocol):
     """Takes memory back, and waits."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one session at most."""
 
     def give_back(self, link: ReceiverLink, landing: Landing) -> None:
         """From any thread, in the middle of anything."""
@@ -219,7 +235,7 @@ class ReceiverLink(Link):
 
     def _pull_next(self) -> tuple[int, bool] | None:
         """Read the next message of a series, as far as it is here; answers as ``_pull_piece``. None: not so."""
-        message = self.receive_more()
+        message = self._receive_whole(_GLANCE if self.engine.alone else None)
         if message is not None:
             self._deliver(message)
             self.engine.stay_with(self)

@@ -135,7 +135,7 @@ class SessionEngine(Engine, Generic[AnyLink]):
             yield self._calling
 
     @property
-    def _alone(self) -> bool:
+    def alone(self) -> bool:
         return len(self._links) <= 1
 
     def leave(self) -> None:
