@@ -88,6 +88,8 @@ class ReceiveCredit:
     """
 
     __slots__ = (
+        "_batch_bytes",
+        "_batch_messages",
         "arrived_bytes",
         "arrived_messages",
         "granted_bytes",
@@ -103,6 +105,8 @@ class ReceiveCredit:
             raise ValueError(f"a pool of {pool_bytes} bytes and {pool_messages} messages never receives anything")
         self.pool_bytes = pool_bytes
         self.pool_messages = pool_messages
+        self._batch_bytes = -(-pool_bytes // _BATCHES_IN_POOL)
+        self._batch_messages = -(-pool_messages // _BATCHES_IN_POOL)
         self.granted_bytes = self.granted_messages = 0
         self.arrived_bytes = self.arrived_messages = 0  # of bytes: or known never to come
         self.released_bytes = self.released_messages = 0
@@ -160,11 +164,11 @@ class ReceiveCredit:
         return _due(
             self.released_bytes + self.pool_bytes - self.granted_bytes,
             self.granted_bytes - self.arrived_bytes,
-            self.pool_bytes,
+            self._batch_bytes,
         ) or _due(
             self.released_messages + self.pool_messages - self.granted_messages,
             self.granted_messages - self.arrived_messages,
-            self.pool_messages,
+            self._batch_messages,
         )
 
     def quiet(self, nbytes: int) -> Quiet:
@@ -173,13 +177,14 @@ class ReceiveCredit:
         In any order. No grant may be due yet.
         """
         of_bytes = _quiet(
-            self.released_bytes + self.pool_bytes, self.granted_bytes, self.arrived_bytes, self.pool_bytes
+            self.released_bytes + self.pool_bytes - self.granted_bytes,
+            self.granted_bytes - self.arrived_bytes,
+            self._batch_bytes,
         )
         of_messages = _quiet(
-            self.released_messages + self.pool_messages,
-            self.granted_messages,
-            self.arrived_messages,
-            self.pool_messages,
+            self.released_messages + self.pool_messages - self.granted_messages,
+            self.granted_messages - self.arrived_messages,
+            self._batch_messages,
         )
         return Quiet(
             min(of_bytes.arrivals // nbytes, of_messages.arrivals),
@@ -195,17 +200,11 @@ class ReceiveCredit:
         return Grant(self.granted_bytes, self.granted_messages)
 
 
-def _due(grantable: int, left: int, pool: int) -> bool:
+def _due(grantable: int, left: int, batch: int) -> bool:
     """Whether ``grantable`` is worth a frame to a sender that has about ``left`` to use."""
-    return grantable > 0 and (grantable >= _batch(pool) or left < _batch(pool))
+    return grantable > 0 and (grantable >= batch or left < batch)
 
 
-def _quiet(may_be_granted: int, granted: int, arrived: int, pool: int) -> Quiet:
-    """Return how much may arrive, and how much be released, before ``_due``: totals, but for the pool."""
-    batch = _batch(pool)
-    arrivals = granted - arrived - batch
-    return Quiet(arrivals, max(0, batch - 1 - (may_be_granted - granted))) if arrivals >= 0 else Quiet(0, 0)
-
-
-def _batch(pool: int) -> int:
-    return -(-pool // _BATCHES_IN_POOL)
+def _quiet(grantable: int, left: int, batch: int) -> Quiet:
+    """Return how much may arrive, and how much be released, before ``_due``."""
+    return Quiet(left - batch, max(0, batch - 1 - grantable)) if left >= batch else Quiet(0, 0)
