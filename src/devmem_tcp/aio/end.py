@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from devmem_tcp.aio.attendant import Attendant
+from devmem_tcp.transport.end import SessionEnd
 from devmem_tcp.transport.receiver_engine import ReceiverEngine
 from devmem_tcp.transport.sender_engine import SenderEngine
 from devmem_tcp.transport.waiting import Verb
-from devmem_tcp.types import Address, SocketStats
+from devmem_tcp.types import Address
 
 
-class End(ABC):
+class End(SessionEnd):
     """A sender or a receiver, of the event loop that it was opened in. ``async with`` closes it."""
 
     def __init__(self, engine: SenderEngine | ReceiverEngine) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._attendant = Attendant(engine)
-
-    @property
-    def address(self) -> Address | None:
-        """Where peers come: host and TCP port of control connections; None: it went to one."""
-        return self._engine.address
-
-    def stats(self) -> list[SocketStats]:
-        """Return the proof of path of every data connection of the sessions under way."""
-        return self._engine.stats()
-
-    @property
-    def closed(self) -> bool:
-        return self._engine.closed
 
     @abstractmethod
     def _reach(self, timeout_s: float | None) -> Verb[Address]:
         """Wait for the session with a peer."""
-
-    @abstractmethod
-    def _part(self) -> Verb[None]:
-        """Take leave of the peers."""
 
     async def aclose(self) -> None:
         """Say goodbye, wait for the peers' part of it as the blocking ``close`` does, and let go. Idempotent.

@@ -5,17 +5,16 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from devmem_tcp.buffers import Allocator, Buffer
-from devmem_tcp.closing import Closing
 from devmem_tcp.contract import Nic
 from devmem_tcp.errors import BrokenError, DevmemError, RemoteProtocolError, Timeout
 from devmem_tcp.safetensors.asking import AskCatalog, AskTensors, encode_ask, take_answer
 from devmem_tcp.safetensors.catalog import Catalog, CatalogEntry
 from devmem_tcp.safetensors.naming import shown
 from devmem_tcp.sansio.session import KeepAlive
+from devmem_tcp.transport.end import End
 from devmem_tcp.transport.message import Header, Message
 from devmem_tcp.transport.receiver_engine import Asked, ReceiverEngine
 from devmem_tcp.transport.receiver_verbs import ReceiverVerbs
@@ -52,8 +51,13 @@ Where: TypeAlias = Callable[[CatalogEntry], Any]
 """Asked of each tensor before its bytes come: a writable array to copy them to, or None: leave them where they land."""
 
 
-class RemoteTensors(Closing):
-    """The tensors that a server offers. Made by ``open_remote``; ``with`` ends the session. Threads: one at a time."""
+class RemoteTensors(End):
+    """The tensors that a server offers. Made by ``open_remote``; ``with`` ends the session. Threads: one at a time.
+
+    Messages stay readable after ``close()``.
+    """
+
+    _engine: ReceiverEngine
 
     def __init__(self, nic: Nic, to: Address, options: SessionOptions, timeout_s: float | None, **engine: Any) -> None:
         self._timeout_s = timeout_s
@@ -64,8 +68,8 @@ class RemoteTensors(Closing):
         self._asked: deque[tuple[Asked, CatalogEntry]] = deque()  # requests, and the first tensor of each
         self._refusal: tuple[DevmemError, CatalogEntry] | None = None  # of the request with this first tensor
         self._unasked: deque[CatalogEntry] = deque()
-        self._engine = ReceiverEngine(
-            nic, options, listen=None, to=to, data_port=None, max_peers=1, into=self._place, **engine
+        super().__init__(
+            ReceiverEngine(nic, options, listen=None, to=to, data_port=None, max_peers=1, into=self._place, **engine)
         )
         self._verbs = ReceiverVerbs(self._engine)
         try:
@@ -194,25 +198,9 @@ class RemoteTensors(Closing):
             for stats in (sock.stats for sock in self._link.lanes)
         )
 
-    @property
-    def closed(self) -> bool:
-        return self._engine.closed
-
-    def close(self) -> None:
-        """Say goodbye to the server, and put the NIC's settings back. Messages stay readable. Idempotent."""
-        if self._engine.closed:
-            return
-        try:
-            if not self._wanted:  # else the goodbye would wait for what is on its way
-                self._engine.run(self._verbs.part())
-        finally:
-            self._engine.close()
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if value is None:
-            self.close()
-        else:
-            self._engine.close()  # the exception is what there is to say
+    def _part(self) -> Verb[None]:
+        if not self._wanted:  # else the goodbye would wait for what is on its way
+            yield from self._verbs.part()
 
 
 class _Watch:

@@ -1,11 +1,11 @@
-"""What the two ends have in common when a blocking program drives them: how they are closed, and what they tell."""
+"""What the two ends have in common: what they tell, whoever drives them, and how a blocking program closes them."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import weakref
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import partial
 from types import TracebackType
@@ -19,22 +19,11 @@ from devmem_tcp.transport.waiting import Verb
 from devmem_tcp.types import Address, SocketStats
 
 
-class _Engines(threading.local):
-    """Those of the ends that a thread has opened."""
-
-    def __init__(self) -> None:
-        self.opened: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-
-_OF_THIS_THREAD = _Engines()
-
-
-class End(Closing):
-    """A sender or a receiver. ``with`` closes it."""
+class SessionEnd(ABC):
+    """A sender or a receiver."""
 
     def __init__(self, engine: SenderEngine | ReceiverEngine) -> None:
         self._engine = engine
-        _OF_THIS_THREAD.opened.add(engine)
 
     @property
     def address(self) -> Address | None:
@@ -52,6 +41,24 @@ class End(Closing):
     @abstractmethod
     def _part(self) -> Verb[None]:
         """Take leave of the peers."""
+
+
+class _Engines(threading.local):
+    """Those of the ends that a thread has opened."""
+
+    def __init__(self) -> None:
+        self.opened: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+_OF_THIS_THREAD = _Engines()
+
+
+class End(SessionEnd, Closing):
+    """One that a blocking program drives. ``with`` closes it."""
+
+    def __init__(self, engine: SenderEngine | ReceiverEngine) -> None:
+        super().__init__(engine)
+        _OF_THIS_THREAD.opened.add(engine)
 
     def close(self) -> None:
         """Say goodbye, wait for the peers' part of it (five seconds without progress at most), and let go. Idempotent.
