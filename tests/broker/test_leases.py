@@ -244,7 +244,7 @@ def test_settings_other_than_the_files(rig: Rig, control: BrokerControl, memfd: 
 
 
 def test_another_network_namespace_is_told(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("devmem_tcp.sys.calls.namespace", lambda kind: 1)
+    monkeypatch.setattr("devmem_tcp.sys.namespaces.namespace", lambda kind: 1)
     with pytest.raises(KernelError, match="another network namespace"):
         BrokerControl(rig.path, "fake0")
 

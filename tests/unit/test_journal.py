@@ -35,7 +35,7 @@ from devmem_tcp.kernel.journal import (
     undo,
 )
 from devmem_tcp.kernel.settings import JournalledSetting
-from devmem_tcp.sys import calls
+from devmem_tcp.sys import calls, namespaces
 from devmem_tcp.testing.faults import fail_nth
 
 BEFORE: dict[str, Value] = {"split": "off", "table": [0, 1, 2, 3], "feature": False, "rule 7": None}
@@ -92,7 +92,7 @@ class ChoosyNic(FileNic):
 
 
 def nic_identity() -> NicIdentity:
-    return NicIdentity("eth1", 3, "02:00:00:00:00:01", True, calls.namespace("net"))
+    return NicIdentity("eth1", 3, "02:00:00:00:00:01", True, namespaces.namespace("net"))
 
 
 @pytest.fixture

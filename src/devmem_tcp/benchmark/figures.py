@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import resource
 import time
@@ -14,6 +13,7 @@ import numpy as np
 
 from devmem_tcp import __version__
 from devmem_tcp.arrays import DeviceArray
+from devmem_tcp.sys import calls
 from devmem_tcp.transport.message import Message
 from devmem_tcp.types import SocketStats
 
@@ -145,7 +145,7 @@ def this_machine() -> Machine:
         kernel=f"{platform.system()} {platform.release()}",
         architecture=platform.machine(),
         cpu=_after("/proc/cpuinfo", "model name") or platform.processor() or "unknown",
-        cpus=len(os.sched_getaffinity(0)),
+        cpus=calls.usable_cpus(),
         memory_bytes=_memory("MemTotal"),
         congestion_control=_read("/proc/sys/net/ipv4/tcp_congestion_control").strip() or "unknown",
         python=platform.python_version(),

@@ -29,7 +29,7 @@ from devmem_tcp.errors import (
     SettingWarning,
 )
 from devmem_tcp.memory.dmabuf import DmabufBuffer
-from devmem_tcp.sys import calls
+from devmem_tcp.sys import calls, namespaces
 from devmem_tcp.types import FlowRule, HeaderSplitMode
 
 DEFAULT_PATH: Final = protocol.DEFAULT_PATH
@@ -267,7 +267,9 @@ class BrokerControl:
     def __init__(self, path: str, nic: str) -> None:
         self._connection = Connection(path)
         try:
-            self._connection.ask(protocol.OpenNic(nic=nic, network_namespace=calls.namespace("net")), protocol.Done)
+            self._connection.ask(
+                protocol.OpenNic(nic=nic, network_namespace=namespaces.namespace("net")), protocol.Done
+            )
         except BaseException:
             self._connection.close()
             raise

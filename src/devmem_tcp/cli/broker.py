@@ -20,7 +20,7 @@ from devmem_tcp.broker.server import Server, inherited, listening
 from devmem_tcp.buffers import Allocator
 from devmem_tcp.cli.failure import EXIT_STATUS_HELP, say
 from devmem_tcp.kernel.control import LocalControl
-from devmem_tcp.sys import calls
+from devmem_tcp.sys import calls, namespaces
 
 _ALLOCATORS: Final[dict[str, Allocator]] = {
     "udmabuf": memory.Udmabuf(),
@@ -67,7 +67,7 @@ def command(path: str, group: str | None, config: str, check: bool, example_conf
         _describe(policy)
         return
     with _socket(path, group) as listener, _signalled() as stop:
-        leasing = Leasing(policy, LocalControl, _ALLOCATORS, network_namespace=calls.namespace("net"), log=say)
+        leasing = Leasing(policy, LocalControl, _ALLOCATORS, network_namespace=namespaces.namespace("net"), log=say)
         with contextlib.closing(Server(listener, leasing, say)) as server:
             say(f"broker: serving at {listener.getsockname()}, as {policy.source} says")
             server.serve(stop.fileno())

@@ -24,7 +24,7 @@ from typing import Final, NamedTuple, Protocol, TypeAlias
 import msgspec
 
 from devmem_tcp.errors import BusyError, DevmemError, KernelError, NicSettingError, RestoreError
-from devmem_tcp.sys import calls
+from devmem_tcp.sys import calls, namespaces
 
 Value: TypeAlias = bool | int | str | list[int] | dict[str, int] | None
 
@@ -369,7 +369,7 @@ def _replay_one(
     if is_alive(entry.owner):
         return _outcome(Result.KEPT, entry, f"process {entry.owner.pid} ({entry.owner.name}) is alive")
     opened = open_nic(entry.nic)
-    if opened is None and entry.nic.network_namespace != calls.namespace("net"):
+    if opened is None and entry.nic.network_namespace != namespaces.namespace("net"):
         hint = f"run this in network namespace net:[{entry.nic.network_namespace}]: ip netns exec NAME …"
         return _outcome(Result.KEPT, entry, hint)
     if opened is None:
@@ -460,7 +460,7 @@ def current_process() -> Owner:
     pid = calls.process_id()
     try:
         text = calls.read_text(f"/proc/{pid}/stat")
-        pid_namespace, boot_id = calls.namespace("pid"), calls.read_text(_BOOT_ID).strip()
+        pid_namespace, boot_id = namespaces.namespace("pid"), calls.read_text(_BOOT_ID).strip()
     except OSError as error:
         raise KernelError(error.errno or 0, "find out about this process in /proc", hint="mount /proc") from error
     name, _, start_ticks = _parse_stat(text)

@@ -13,7 +13,7 @@ from devmem_tcp.kernel.ethtool import NTUPLE, Ethtool
 from devmem_tcp.kernel.journal import Journal, NicIdentity, Outcome, Value
 from devmem_tcp.kernel.ntuple import HeldRule, flow_rule
 from devmem_tcp.nicmodel.ntuple import ethtool_command
-from devmem_tcp.sys import calls
+from devmem_tcp.sys import calls, namespaces
 from devmem_tcp.types import HeaderSplitMode
 from devmem_tcp.uapi import ethtool as abi
 
@@ -50,7 +50,7 @@ class EthtoolState(Closing):
             permanent = self.ethtool.permanent_address()
             address = permanent or self.ethtool.hardware_address()
             self._identity = NicIdentity(
-                nic, self.ethtool.ifindex, address.hex(":"), bool(permanent), calls.namespace("net")
+                nic, self.ethtool.ifindex, address.hex(":"), bool(permanent), namespaces.namespace("net")
             )
         except BaseException:
             self.ethtool.close()

@@ -590,12 +590,6 @@ def environment(name: str) -> str:
     return os.environ.get(name, "")
 
 
-def namespace(kind: str) -> int:
-    """Return the inode number of a namespace of the calling thread: ``net``, ``pid`` …"""
-    _enter("stat")
-    return os.stat(f"/proc/thread-self/ns/{kind}").st_ino
-
-
 def load_library(name: str) -> ctypes.CDLL:
     """Load a shared library; OSError if there is none. Library: dlopen(3)."""
     _enter("dlopen")

@@ -14,6 +14,12 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
 
 
+def namespace(kind: str) -> int:
+    """Return the inode number of a namespace of the calling thread: ``net``, ``pid`` …"""
+    _enter("stat")
+    return os.stat(f"/proc/thread-self/ns/{kind}").st_ino
+
+
 def open_namespace(path: str) -> int:
     """Open a namespace by a path that stands for it (``/proc/PID/ns/net``, ``/run/netns/NAME``), close-on-exec."""
     _enter("open")
