@@ -22,27 +22,32 @@ Item = TypeVar("Item")
 class CompletionQueue:
     """The error queue's side: numbers go in as sends complete, coalesced ranges come out."""
 
-    __slots__ = ("_last", "_ranges", "count")
+    __slots__ = ("_ranges",)
 
     def __init__(self) -> None:
         self._ranges: list[list[int]] = []  # low and high
-        self._last = -1  # number of the newest range
-        self.count = 0  #: sends whose completion was not taken
 
     def complete(self, number: int) -> None:
         """Note that one send is complete."""
-        if self.count and number == (self._last + 1) % _MODULUS:
+        if self._ranges and (self._ranges[-1][1] + 1) % _MODULUS == number:
             self._ranges[-1][1] = number
         else:
             self._ranges.append([number, number])
-        self._last = number
-        self.count += 1
 
     def take(self) -> list[CompletionRange]:
         """Return what has completed since the last call."""
         ranges, self._ranges = self._ranges, []
-        self.count = 0
         return [CompletionRange(low, high) for low, high in ranges]
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is one whose completion was not taken."""
+        return bool(self._ranges)
+
+    @property
+    def count(self) -> int:
+        """Sends whose completion was not taken."""
+        return sum((high - low) % _MODULUS + 1 for low, high in self._ranges)
 
 
 class InFlight(Generic[Item]):

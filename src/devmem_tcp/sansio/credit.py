@@ -161,35 +161,30 @@ class ReceiveCredit:
     @property
     def grant_is_due(self) -> bool:
         """Whether granting is worth a frame: a batch can be granted, or the sender has less than a batch left."""
-        return _due(
-            self.released_bytes + self.pool_bytes - self.granted_bytes,
-            self.granted_bytes - self.arrived_bytes,
-            self._batch_bytes,
-        ) or _due(
-            self.released_messages + self.pool_messages - self.granted_messages,
-            self.granted_messages - self.arrived_messages,
-            self._batch_messages,
-        )
+        return _due(*self._of_bytes) or _due(*self._of_messages)
 
     def quiet(self, nbytes: int) -> Quiet:
         """Return how many messages of ``nbytes`` may arrive, and how many be released, before a grant is due.
 
         In any order. No grant may be due yet.
         """
-        of_bytes = _quiet(
-            self.released_bytes + self.pool_bytes - self.granted_bytes,
-            self.granted_bytes - self.arrived_bytes,
-            self._batch_bytes,
-        )
-        of_messages = _quiet(
-            self.released_messages + self.pool_messages - self.granted_messages,
-            self.granted_messages - self.arrived_messages,
-            self._batch_messages,
-        )
+        of_bytes, of_messages = _quiet(*self._of_bytes), _quiet(*self._of_messages)
         return Quiet(
             min(of_bytes.arrivals // nbytes, of_messages.arrivals),
             min(of_bytes.releases // nbytes, of_messages.releases),
         )
+
+    @property
+    def _of_bytes(self) -> tuple[int, int, int]:
+        """What could be granted, what the sender has left to use, and a batch, in bytes."""
+        grantable = self.released_bytes + self.pool_bytes - self.granted_bytes
+        return grantable, self.granted_bytes - self.arrived_bytes, self._batch_bytes
+
+    @property
+    def _of_messages(self) -> tuple[int, int, int]:
+        """The same in messages."""
+        grantable = self.released_messages + self.pool_messages - self.granted_messages
+        return grantable, self.granted_messages - self.arrived_messages, self._batch_messages
 
     def take_grant(self) -> Grant:
         """Grant the most there is, and return it."""

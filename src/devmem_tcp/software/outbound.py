@@ -95,12 +95,9 @@ class Outbound:
 
     def _complete(self, number: int) -> None:
         """The bytes are copied: report the number, unless the NIC is a hostile one."""
-        if self._planner.completions_late():
-            self._unreported.append(number)
-        else:
-            if self._unreported:
-                self.report_all()
-            self._completions.complete(number)
+        self._unreported.append(number)
+        if not self._planner.completions_late():
+            self.report_all()
 
     def report_all(self) -> None:
         """Report what is complete, however late the NIC would like to."""
@@ -117,7 +114,7 @@ class Outbound:
     @property
     def has_completions(self) -> bool:
         """Whether it is worth to call ``read_completions``: a hostile NIC may have none to show even so."""
-        return bool(self._unreported) or self._completions.count > 0
+        return bool(self._unreported) or self._completions.waiting
 
     @property
     def incomplete(self) -> int:

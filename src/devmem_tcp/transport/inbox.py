@@ -36,12 +36,6 @@ class SparePlaces:
 
     def take(self, nbytes: int) -> Place | None:
         """Return a place for a message, on whichever queue has room; None: there is none now."""
-        places = self._places
-        if places and places[-1].size_bytes == nbytes:
-            pages = whole_pages(nbytes)
-            self._pages_spare -= pages
-            self._pages_held += pages
-            return places.pop()
         place = self._find(nbytes)
         if place is not None:
             self.hold_pages(whole_pages(nbytes))
@@ -68,13 +62,11 @@ class SparePlaces:
     def put(self, place: Place) -> None:
         """Take a place back, and give it to the NIC if there are too many."""
         pages = whole_pages(place.size_bytes)
-        self._pages_held -= pages
-        self._pages_spare += pages
         self._places.append(place)
+        self._pages_spare += pages
         if len(self._places) > _MAX_SPARE:
             self._remove(0).close()
-        if self._pages_held + self._pages_spare > self._page_limit:
-            self.drop()
+        self.hold_pages(-pages)
 
     def _remove(self, index: int) -> Place:
         place = self._places.pop(index)
@@ -82,7 +74,7 @@ class SparePlaces:
         return place
 
     def hold_pages(self, pages: int) -> None:
-        """Count pages that frags of any session hold, or no longer do, besides those of places."""
+        """Count pages that messages of any session hold, or no longer do."""
         self._pages_held += pages
         if self._pages_held + self._pages_spare > self._page_limit:
             self.drop()

@@ -166,11 +166,11 @@ class PlacedLanding(Landing):
             looks, waited = 0, False
         return True
 
-    def contiguous(self) -> memoryview | None:
+    def contiguous(self) -> memoryview:
         return memoryview(b"") if self._place is None else self._place.view()
 
     def pieces(self) -> Iterator[memoryview]:
-        yield memoryview(b"") if self._place is None else self._place.view()
+        yield self.contiguous()
 
     def close(self) -> None:
         place, self._place = self._place, None

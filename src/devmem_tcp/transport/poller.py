@@ -60,12 +60,7 @@ class Poller:
             self._due.extend(calls.epoll_wait(self._epoll, timeout_s))
         end = None if slice_s is None else time.monotonic() + slice_s
         while self._due:
-            fd, _ = self._due.popleft()
-            found = self._handlers.get(fd)
-            if found is None:  # a handler before it may have closed it
-                continue
-            found[1]()
-            if end is not None and time.monotonic() >= end:
+            if self._call_next() and end is not None and time.monotonic() >= end:
                 return
 
     def wait(self, timeout_s: float) -> bool:
@@ -75,10 +70,15 @@ class Poller:
     def go_on(self, found: Collection[object]) -> None:
         """Call the handlers that the last step had no time for, until one of them has found something."""
         while self._due and not found:
-            fd, _ = self._due.popleft()
-            known = self._handlers.get(fd)
-            if known is not None:
-                known[1]()
+            self._call_next()
+
+    def _call_next(self) -> bool:
+        """Call the next handler that is due; False: one before it may have closed its fd."""
+        fd, _ = self._due.popleft()
+        known = self._handlers.get(fd)
+        if known is not None:
+            known[1]()
+        return known is not None
 
     def close(self) -> None:
         self._handlers.clear()

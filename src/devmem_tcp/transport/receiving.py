@@ -111,7 +111,7 @@ class ReceiverLink(Link):
         self._headers: dict[int, MessageAnnounced] = {}  # of messages on their way
         self._in_frags: set[FragLanding] = set()  # of messages delivered and not given back
         self._intake = SeriesIntake(session, share, self.lanes[0])
-        self._next_of_series: tuple[int, MessageAnnounced]  # when the intake began, and its id
+        self._first: MessageAnnounced  # of those that the intake began with
         self._landings: dict[int, Landing] = {}  # of those that have begun to come
         self._watching = [False] * len(self.lanes)
         for sock in self.lanes:
@@ -253,16 +253,15 @@ class ReceiverLink(Link):
             return None
         if landing is None:
             return None
-        first_id, announced = self._next_of_series
-        return Message(self, first_id + intake.came - 1, announced.header, landing)
+        return Message(self, self._first.message_id + intake.came - 1, self._first.header, landing)
 
     def _begin_intake(self) -> bool:
         """See whether the next message can be received so, whatever became of the one before."""
         self._settle_came()
         if self.ended or len(self.lanes) > 1 or self._into is not None or len(self._headers) != 1:
             return False
-        self._next_of_series = next(iter(self._headers.items()))
-        return self._intake.begin(self._next_of_series[1].header.nbytes)
+        (self._first,) = self._headers.values()
+        return self._intake.begin(self._first.header.nbytes)
 
     def settle_next(self) -> None:
         """Do what the quick way has left to do; the long way goes on. Everything else of this link does that first."""

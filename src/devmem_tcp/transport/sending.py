@@ -78,7 +78,6 @@ class SenderLink(Link):
         self._full: set[int] = set()  # lanes that took less than they were given
         self._watched = [_NOTHING] * len(self.lanes)  # of each: whether it is watched for writing, for completions
         self._series_room = 0  # messages that may go the quick way, whatever else; 0: ask the session
-        self._series_lane = 0  # that they go by
         self._on_request = on_request
         try:
             for sock in self.lanes:
@@ -132,7 +131,7 @@ class SenderLink(Link):
         """
         if not (self._series_room or self._find_series_room()):
             return None
-        lane = self._series_lane
+        lane = self._session.series_lane
         sock, completions = self.lanes[lane], self._completions[lane]
         sock.settimeout(patience_s)
         try:
@@ -162,7 +161,6 @@ class SenderLink(Link):
         if not self.ended and not self._session.series_room():
             self._control_ready()
         self._series_room = 0 if self.ended else self._session.series_room()
-        self._series_lane = self._session.series_lane
         return self._series_room
 
     def pump(self) -> None:

@@ -23,7 +23,6 @@ class SeriesIntake:
     """
 
     __slots__ = (
-        "_came",
         "_came_at",
         "_come_left",
         "_free_left",
@@ -32,6 +31,7 @@ class SeriesIntake:
         "_session",
         "_share",
         "_sock",
+        "came",
         "landing",
     )
 
@@ -42,13 +42,9 @@ class SeriesIntake:
         self.landing: PlacedLanding | None = None  #: of the next message, once there is memory for it
         self._nbytes = 0  # of each
         self._come_left = self._free_left = 0  # messages, before there may be something to tell
-        self._came = self._freed = 0  # messages that the session has not heard of
+        self.came = 0  #: messages that the session has not heard of
+        self._freed = 0  # the same of those that were given back
         self._came_at = 0.0  # when the last one did, by time.monotonic
-
-    @property
-    def came(self) -> int:
-        """How many messages have come that the session has not heard of."""
-        return self._came
 
     @property
     def may_go_on(self) -> bool:
@@ -62,9 +58,9 @@ class SeriesIntake:
             return False
         quiet = self._session.series_quiet()
         self._nbytes = nbytes
-        self._come_left = min(room, quiet.arrivals)
-        self._free_left = quiet.releases if self._come_left else 0
-        self._come_left = max(1, self._come_left)
+        arrivals = min(room, quiet.arrivals)
+        self._come_left = arrivals or 1  # which may be worth a frame
+        self._free_left = quiet.releases if arrivals else 0
         return True
 
     def receive(self, waiter: Waiter | None) -> PlacedLanding | None:
@@ -82,15 +78,14 @@ class SeriesIntake:
             return None
         self.landing = None
         self._come_left -= 1
-        self._came += 1
+        self.came += 1
         self._came_at = time.monotonic()
         return landing
 
     def take_back(self, landing: Landing) -> bool:
         """Give the memory of a message back, if there is nothing to tell of it now; False: there is."""
-        if not self._free_left or landing.nbytes != self._nbytes or type(landing) is not PlacedLanding:
-            return False
-        if not landing.counted:
+        alike = landing.nbytes == self._nbytes and landing.counted and isinstance(landing, PlacedLanding)
+        if not (self._free_left and alike):
             return False
         self._free_left -= 1
         self._freed += 1
@@ -99,8 +94,8 @@ class SeriesIntake:
 
     def settle(self) -> int:
         """Tell the session what has come, and what was given back; answers how many came."""
-        came, freed = self._came, self._freed
-        self._came = self._freed = self._come_left = self._free_left = 0
+        came, freed = self.came, self._freed
+        self.came = self._freed = self._come_left = self._free_left = 0
         if came:
             self._session.series_received(self._came_at, came)
         if freed:
